@@ -1,0 +1,679 @@
+"""From a source to a batch: built-in images, image folders, IDX, CIFAR binary and NPZ files.
+
+Axes: N samples, B batch, H height, W width, C channels. A split holds uint8 images [N, H, W, C] and
+int64 labels [N]; pixels stay uint8 until they are on the device. Any piece here works alone: this
+file imports torch, numpy, tqdm and the standard library only (image folders need Pillow).
+
+    data = load("photos/", image_size=64)              # or None: the built-in images
+    fetch = batches(data.splits["train"], 32, torch.device("cpu"))
+    for images, labels, index in fetch(epoch_order(len(data.splits["train"]), seed=0, epoch=0)):
+        inputs = augment(images, index, seed=0, epoch=0, image_size=64, mean=data.mean, std=data.std)
+"""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+MAX_ARRAY_BYTES = 8 * 2**30  # a file of a few kB can declare any size: refuse beyond this
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, as an error in place of its warning
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"}
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, H, W, C] (an array or a memory map) and labels int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, index):
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Splits by name (`train`, `val`, perhaps `test`), class names and what the model must know."""
+
+    splits: dict
+    classes: list
+    image_size: int
+    description: str
+    mean: tuple = ()
+    std: tuple = ()
+
+
+# ---------------------------------------------------------------------------------------- sources
+
+
+def load(source, image_size=0, val_fraction=0.1, max_samples=0, seed=0, cache_dir=".cache"):
+    """The `Data` at `source`: None (built-in images), a folder or an NPZ file, its kind recognised.
+
+    `image_size` 0 takes the size that suits the source. A validation split that the source lacks is
+    set aside from the training split, stratified, by `seed`; `max_samples` (0: all) bounds each
+    split, stratified too. Raises ValueError or OSError, in one line, for whatever is wrong with it.
+    """
+    path = None if source is None else Path(source).expanduser()
+    if path is None:
+        data = built_in(image_size or 64)
+    elif not path.exists():
+        raise ValueError(f"--data {source}: no such file or folder; give a folder of class folders, IDX, CIFAR or NPZ")
+    elif path.is_file():
+        data = load_npz(path, image_size)
+    elif files := idx_files(path):
+        data = load_idx(path, files, image_size)
+    elif files := cifar_files(path):
+        data = load_cifar(path, files, image_size)
+    else:
+        data = load_folder(path, image_size, cache_dir, max_samples, seed)
+    splits = {name: subset(split, max_samples, seed) for name, split in data.splits.items()}
+    if "val" not in splits and val_fraction > 0:
+        splits["train"], splits["val"] = set_aside(splits["train"], val_fraction, seed)
+    mean, std = pixel_statistics(splits["train"].images)
+    return replace(data, splits=splits, mean=mean, std=std)
+
+
+def built_in(image_size=64, sizes=(("train", 3000), ("val", 500), ("test", 500)), seed=2024):
+    """Ten classes of shapes drawn with signed distances, [N, image_size, image_size, 3]: the same each time.
+
+    Position, radius, rotation, colours, background gradient and noise vary for each image, so that
+    neither a mean colour nor any one pixel tells the class. Classes take turns through each split.
+    """
+    classes = ["bars", "crescent", "cross", "disk", "frame", "half_disk", "ring", "square", "star", "triangle"]
+    total = sum(count for _, count in sizes)
+    rng = np.random.default_rng(seed)
+    labels = np.arange(total) % len(classes)
+    images = np.empty((total, image_size, image_size, 3), np.uint8)
+    for start in range(0, total, 250):  # bounds the working memory
+        images[start : start + 250] = draw_shapes(labels[start : start + 250], image_size, rng)
+    splits, start = {}, 0
+    for name, count in sizes:
+        splits[name] = Split(images[start : start + count], labels[start : start + count])
+        start += count
+    return Data(splits, classes, image_size, "built-in shapes")
+
+
+def draw_shapes(labels, size, rng):
+    """Uint8 [N, size, size, 3]: the shape of each label (0 to 9, see `built_in`), drawn at random."""
+    count = len(labels)
+    draw = lambda low, high, *shape: rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)  # noqa: E731
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    y, x = axis[None, :, None], axis[None, None, :]
+    angle, radius = draw(0, 2 * math.pi), draw(0.3, 0.55)
+    u, v = x - draw(-0.35, 0.35), y - draw(-0.35, 0.35)
+    # [N, size, size] coordinates in the frame of the shape, its radius the unit
+    u, v = (np.cos(angle) * u + np.sin(angle) * v) / radius, (np.cos(angle) * v - np.sin(angle) * u) / radius
+    distance = np.empty_like(u)
+    for label in np.unique(labels):
+        rows = labels == label
+        distance[rows] = SHAPES[label](u[rows], v[rows])
+    alpha = np.clip(0.5 - distance * radius * size / 2, 0, 1)[:, None]  # [N, 1, size, size], smooth over one pixel
+    # a colour and a background whose brightness differ, either way round
+    light = rng.permuted(np.repeat([[True], [False]], [count // 2, count - count // 2], 0), axis=0)[:, :, None, None]
+    dark_colour, light_colour = draw(0.0, 0.45, 3), draw(0.55, 1.0, 3)  # [N, 3, 1, 1]
+    colour, ground = (np.where(light, a, b) for a, b in ((light_colour, dark_colour), (dark_colour, light_colour)))
+    ground = ground + draw(-0.2, 0.2, 3) * x[:, None] + draw(-0.2, 0.2, 3) * y[:, None]
+    image = ground + alpha * (colour - ground)
+    noise = rng.standard_normal((count, 1, size, size), np.float32) * draw(0.02, 0.12, 1)
+    return np.moveaxis(np.clip((image + noise) * 255, 0, 255).astype(np.uint8), 1, 3)
+
+
+def _box(u, v, half_width, half_height):
+    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
+
+
+def _triangle(u, v):
+    return np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.5
+
+
+def _star(u, v):
+    theta = np.mod(np.arctan2(v, u), 2 * math.pi / 5) - math.pi / 5  # five sectors, a tip at each border
+    r = np.hypot(u, v)
+    return (r * np.cos(np.abs(theta) - 0.95) - 0.32) * 0.9
+
+
+SHAPES = (  # signed distances, negative inside, radius 1; in the order of `built_in`'s classes
+    lambda u, v: _box(np.abs(u) - 0.6, v, 0.25, 0.85),
+    lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.8 - np.hypot(u - 0.5, v)),
+    lambda u, v: np.minimum(_box(u, v, 1, 0.28), _box(u, v, 0.28, 1)),
+    lambda u, v: np.hypot(u, v) - 0.9,
+    lambda u, v: np.abs(_box(u, v, 0.65, 0.65)) - 0.15,
+    lambda u, v: np.maximum(np.hypot(u, v + 0.4) - 1, -(v + 0.4)),
+    lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.18,
+    lambda u, v: _box(u, v, 0.75, 0.75),
+    _star,
+    _triangle,
+)
+
+
+def load_npz(path, image_size=0):
+    """Arrays x, y or x_train, y_train and x_val, x_test …: uint8, or float in [0, 1], [N, H, W] or [N, H, W, C]."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+        if declared > MAX_ARRAY_BYTES:
+            raise ValueError(f"{path}: declares {declared:,} bytes; at most {MAX_ARRAY_BYTES:,} are read")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files if name.split("_")[0] in ("x", "y")}
+    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, struct.error) as error:
+        raise ValueError(f"{path}: not a whole NPZ file ({one_line(error)}); other data is given as a folder") from None
+    except ValueError as error:  # numpy's own for object arrays and bad headers, and the one above
+        raise ValueError(one_line(error) if str(path) in str(error) else f"{path}: {one_line(error)}") from None
+    splits = {}
+    for suffix, split in {"": "train", **{f"_{key}": name for key, name in SPLIT_NAMES.items()}}.items():
+        if f"x{suffix}" in arrays:
+            if f"y{suffix}" not in arrays:
+                raise ValueError(f"{path}: x{suffix} has no y{suffix} beside it; got {sorted(arrays)}")
+            splits[split] = pair(f"{path}: x{suffix}", arrays[f"x{suffix}"], arrays[f"y{suffix}"])
+    if "train" not in splits:
+        raise ValueError(f"{path}: needs x and y, or x_train and y_train; got {sorted(arrays) or 'neither'}")
+    classes = [str(k) for k in range(max(int(split.labels.max()) for split in splits.values()) + 1)]
+    return fit(Data(splits, classes, image_size, f"{path.name} (NPZ)"))
+
+
+def pair(where, images, labels):
+    """A checked `Split` from arrays as users have them; raises ValueError that starts with `where`."""
+    if images.ndim == 4 and images.shape[-1] not in (1, 2, 3, 4) and images.shape[1] in (1, 2, 3, 4):
+        images = np.moveaxis(images, 1, 3)  # [N, C, H, W] -> [N, H, W, C]
+    images = images[..., None] if images.ndim == 3 else images
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if images.ndim != 4 or images.shape[-1] not in (1, 2, 3, 4) or not images.size:
+        raise ValueError(f"{where}: images must be [N, H, W] or [N, H, W, 1 to 4], got {list(images.shape)}")
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise ValueError(f"{where}: {len(images)} images, but labels of shape {list(labels.shape)}")
+    if np.issubdtype(images.dtype, np.floating):
+        if not (np.isfinite(images).all() and 0 <= images.min() and images.max() <= 1):
+            raise ValueError(f"{where}: float images must lie in [0, 1]; scale them, or give uint8 in 0 to 255")
+        images = (images * 255).round().astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise ValueError(f"{where}: images must be uint8, or float in [0, 1]; got {images.dtype}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{where}: labels must be integers from 0; got {labels.dtype}")
+    bad = np.flatnonzero((labels < 0) | (labels.astype(np.int64) > 65_535))
+    if len(bad):
+        raise ValueError(f"{where}: labels must be 0 to 65535; row {bad[0]} has {labels[bad[0]]}")
+    return Split(images, labels.astype(np.int64))
+
+
+def idx_files(folder):
+    """{split: (images file, labels file)} by the names of MNIST and its kin, gzipped or not."""
+    found = {}
+    for prefix, split in (("train", "train"), ("t10k", "test"), ("test", "test")):
+        images = sorted(folder.glob(f"{prefix}-images?idx3-ubyte*"))
+        labels = sorted(folder.glob(f"{prefix}-labels?idx1-ubyte*"))
+        if images and labels:
+            found[split] = (images[0], labels[0])
+        elif images or labels:
+            raise ValueError(f"{(images or labels)[0]}: images and labels come in pairs; the other file is missing")
+    return found
+
+
+def read_idx(path, dimensions):
+    """The uint8 array of `dimensions` axes in an IDX file; its header must agree with its length."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header = file.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
+                raise ValueError(f"{path}: not IDX of {dimensions} unsigned-byte axes, its header is {header[:4].hex()}")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            declared = math.prod(shape)
+            if declared > MAX_ARRAY_BYTES:
+                raise ValueError(f"{path}: declares {declared:,} bytes; at most {MAX_ARRAY_BYTES:,} are read")
+            content = file.read(declared + 1)
+    except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch the file again") from None
+    if len(content) != declared:
+        has = "more" if len(content) > declared else f"{len(content):,}"
+        raise ValueError(f"{path}: declares {declared:,} bytes, has {has}; fetch the file again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def load_idx(path, files, image_size=0):
+    """MNIST and Fashion-MNIST as they are distributed: grey images [N, 28, 28, 1]."""
+    if "train" not in files:
+        raise ValueError(f"{path}: train-images-idx3-ubyte is missing; only the test files are there")
+    splits = {name: pair(str(x), read_idx(x, 3), read_idx(y, 1)) for name, (x, y) in files.items()}
+    classes = [str(k) for k in range(max(int(split.labels.max()) for split in splits.values()) + 1)]
+    return fit(Data(splits, classes, image_size, f"{path.name} (IDX)"))
+
+
+def cifar_files(folder):
+    """{split: [files]} of CIFAR's binary version, in `folder` or in the folder its archive makes."""
+    for root in (folder, folder / "cifar-10-batches-bin", folder / "cifar-100-binary"):
+        train, test = sorted(root.glob("data_batch_*.bin")), sorted(root.glob("test_batch.bin"))
+        if not train:
+            train, test = sorted(root.glob("train.bin")), sorted(root.glob("test.bin"))
+        if train:
+            return {"train": train, **({"test": test} if test else {})}
+    return {}
+
+
+def load_cifar(path, files, image_size=0):
+    """CIFAR-10 or CIFAR-100 (fine labels), binary version: rows of 1 or 2 label bytes and 3,072 of pixels."""
+    fine = files["train"][0].name == "train.bin"
+    width, count = (3074, 100) if fine else (3073, 10)
+    splits = {}
+    for split, names in files.items():
+        blocks = []
+        for name in names:
+            content = np.fromfile(name, np.uint8)
+            if not len(content) or len(content) % width:
+                raise ValueError(f"{name}: {len(content):,} bytes are no whole rows of {width}; fetch the file again")
+            blocks.append(content.reshape(-1, width))
+        rows = np.concatenate(blocks)
+        bad = np.flatnonzero(rows[:, width - 3073] >= count)
+        if len(bad):
+            raise ValueError(f"{names[0]}: row {bad[0]} has label {rows[bad[0], width - 3073]}, must be below {count}")
+        images = rows[:, width - 3072 :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # -> [N, 32, 32, 3]
+        splits[split] = Split(np.ascontiguousarray(images), rows[:, width - 3073].astype(np.int64))
+    listing = files["train"][0].parent / ("fine_label_names.txt" if fine else "batches.meta.txt")
+    classes = listing.read_text().split() if listing.is_file() else []
+    classes = classes if len(classes) == count else [str(k) for k in range(count)]
+    return fit(Data(splits, classes, image_size, f"{path.name} (CIFAR-{count})"))
+
+
+def fit(data, chunk=4096):
+    """`data` with images of `image_size`: shorter side resized, centre cropped; as they are where it is 0."""
+    sides = {side for split in data.splits.values() for side in split.images.shape[1:3]}
+    channels = {split.images.shape[3] for split in data.splits.values()}
+    if len(channels) > 1:
+        raise ValueError(f"{data.description}: splits have {sorted(channels)} channels; they must agree")
+    size = data.image_size or min(sides)
+    if size < 24 and not data.image_size:
+        size = 32  # networks here need 24 px
+    splits = {}
+    for name, split in data.splits.items():
+        height, width = split.images.shape[1:3]
+        if (height, width) != (size, size):
+            scale = size / min(height, width)
+            resized = []
+            for start in range(0, len(split), chunk):
+                x = torch.from_numpy(np.ascontiguousarray(split.images[start : start + chunk])).permute(0, 3, 1, 2)
+                shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+                x = F.interpolate(x.float(), shape, mode="bilinear", antialias=True)
+                top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+                x = x[:, :, top : top + size, left : left + size].round().clamp(0, 255).to(torch.uint8)
+                resized.append(x.permute(0, 2, 3, 1).numpy())
+            split = Split(np.ascontiguousarray(np.concatenate(resized)), split.labels)
+        splits[name] = split
+    return replace(data, splits=splits, image_size=size)
+
+
+# ----------------------------------------------------------------------------------- image folders
+
+
+def scan_folder(root):
+    """({split: [(path, label)]}, class names) of a folder of class folders, in the order of their names.
+
+    With train, val (valid, validation) or test above them where all sub-folders are such; links that
+    lead out of `root` are refused.
+    """
+    folders = lambda path: sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))  # noqa: E731
+    top, real_root = folders(root), root.resolve()
+    named = {p: SPLIT_NAMES[p.name.lower()] for p in top if p.name.lower() in SPLIT_NAMES}
+    if named and not ("train" in named.values() and len(set(named.values())) == len(named)):
+        raise ValueError(f"{root}: has {[p.name for p in named]}; needs one train beside them, and each split once")
+    parts = {split: folder for folder, split in named.items()} or {"train": root}
+    classes = [p.name for p in folders(parts["train"])]
+    files = {}
+    for split, folder in parts.items():
+        if [p.name for p in folders(folder)] != classes:
+            odd = sorted({p.name for p in folders(folder)} ^ set(classes))
+            raise ValueError(f"{folder}: class folders differ from {parts['train']}'s in {odd[:5]}; they must agree")
+        files[split] = []
+        for label, name in enumerate(classes):
+            images = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            images = [p for p in images if not p.name.startswith(".") and p.is_file()]
+            if not images:
+                raise ValueError(f"{folder / name}: no image in this class folder; add some or remove it")
+            for p in images:
+                if not p.resolve().is_relative_to(real_root):
+                    raise ValueError(f"{p}: a link that leads out of {root}; copy the picture in its place")
+            files[split] += [(p, label) for p in images]
+    if len(classes) < 2:
+        raise ValueError(f"{root}: needs two class folders or more, got {classes}; or IDX, CIFAR or NPZ files")
+    return files, classes
+
+
+def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
+    """A folder of class folders through a uint8 memory map in `cache_dir`, decoded once.
+
+    Pictures are stored as centre squares: at image_size where they are no larger than that, else at
+    image_size * 8/7, from which training crops at random and evaluation crops the centre. The cache
+    is keyed by names, sizes and times of the files and by the settings. Needs Pillow.
+    """
+    import_pillow()
+    files, classes = scan_folder(root)
+    files = {name: [rows[i] for i in stratified([y for _, y in rows], max_samples, seed)] for name, rows in files.items()}
+    every = [path for rows in files.values() for path, _ in rows]
+    probe = every[:: max(1, len(every) // 64)]
+    typical = int(np.median([min(image_shape(path)) for path in probe]))  # shorter side, px
+    if not image_size:
+        # small pictures as they are, photographs up to 224 px: the largest multiple of 32 that leaves a margin
+        image_size = max(24, typical) if typical <= 72 else min(224, typical * 7 // 8 // 32 * 32)
+    stored = round(image_size * 8 / 7) if typical > image_size else image_size
+    images = decode_cached(every, root, stored, Path(cache_dir))
+    splits, start = {}, 0
+    for name, rows in files.items():
+        labels = np.array([label for _, label in rows], np.int64)
+        splits[name] = Split(images[start : start + len(rows)], labels)
+        start += len(rows)
+    return Data(splits, classes, image_size, f"{root.resolve().name} (image folder)")
+
+
+def import_pillow():
+    """Pillow's Image and ImageOps modules; ValueError with the remedy where it is not installed."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ValueError("image folders need the package Pillow: pip install pillow") from None
+    return Image, ImageOps
+
+
+def open_image(path):
+    """The opened picture, its size within the limit; ValueError in one line for what is not a picture."""
+    Image, _ = import_pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
+            image = Image.open(path, formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a whole picture in {', '.join(IMAGE_FORMATS)}; convert or remove it") from None
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"{path}: {image.width}x{image.height} is over {MAX_IMAGE_PIXELS:,} pixels; make it smaller")
+    return image
+
+
+def image_shape(path):
+    with open_image(path) as image:
+        return image.size
+
+
+def decode_image(path, size):
+    """The centre square of a picture as uint8 [size, size, 3]: upright by its EXIF tag, clear parts white."""
+    Image, ImageOps = import_pillow()
+    try:
+        with open_image(path) as image:
+            image.draft("RGB" if image.mode == "YCbCr" else None, (size, size))  # JPEG at a half, a quarter, an eighth
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            side, (width, height) = min(image.size), image.size
+            left, top = (width - side) / 2, (height - side) / 2
+            if (width, height) != (size, size):
+                image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+            return np.asarray(image)
+    except (OSError, SyntaxError, struct.error, EOFError, IndexError) as error:  # what Pillow raises on damaged files
+        raise ValueError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove it") from None
+
+
+def decode_cached(paths, root, size, cache_dir):
+    """Memory map uint8 [len(paths), size, size, 3] of the decoded pictures, made anew when they changed.
+
+    Written under a temporary name and renamed when whole, so a stopped decode is never taken for a
+    cache; older caches of the same folder are removed.
+    """
+    entries = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    key = hashlib.sha256(repr((entries, size, "centre square, bicubic, 1")).encode()).hexdigest()[:16]
+    family = hashlib.sha256(repr((str(root.resolve()), size)).encode()).hexdigest()[:8]
+    target = cache_dir / f"{family}-{key}.npy"
+    if not target.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = cache_dir / f"{family}-{key}.{os.getpid()}.partial"
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+                images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), size, size, 3))
+                try:
+                    decoded = pool.map(lambda path: decode_image(path, size), paths)
+                    for i, image in enumerate(tqdm(decoded, "decode", len(paths), unit="img", mininterval=0.5)):
+                        images[i] = image
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            images.flush()
+            del images  # Windows renames no file that is mapped
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        for old in cache_dir.glob(f"{family}-*.npy"):
+            if old != target:
+                try:
+                    old.unlink()
+                except OSError:
+                    pass  # in use by another run on Windows: that run's business
+    return np.load(target, mmap_mode="r", allow_pickle=False)
+
+
+# ------------------------------------------------------------------------------------- order of a run
+
+
+def one_line(error):
+    """The error's text on one line, control characters escaped, cut to 200 characters."""
+    return (repr(str(error))[1:-1].split("\\n")[0] or type(error).__name__)[:200]
+
+
+def mix(*numbers):
+    """A 63-bit seed from whole numbers; no two of (seed, epoch), (seed, step, rank) share streams."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+
+
+def epoch_order(count, seed, epoch):
+    """int64 [count]: the permutation of one epoch, a function of (seed, epoch) alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+
+
+def stratified(labels, count, seed):
+    """Sorted indices of `count` samples (0: all) with the classes in their proportion, by `seed`."""
+    labels = np.asarray(labels)
+    if not count or count >= len(labels):
+        return np.arange(len(labels))
+    rng = np.random.default_rng(mix(seed, count))
+    shuffled = rng.permutation(len(labels))
+    shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class by class, at random within
+    _, sizes = np.unique(labels, return_counts=True)
+    # the i-th of n in a class stands at (i + 1/2) / n; the first `count` over all classes keep the proportion
+    place = np.concatenate([(np.arange(n) + 0.5) / n for n in sizes])
+    return np.sort(shuffled[np.argsort(place, kind="stable")[:count]])
+
+
+def subset(split, count, seed):
+    return split.take(stratified(split.labels, count, seed)) if 0 < count < len(split) else split
+
+
+def set_aside(split, fraction, seed):
+    """(train, val): `fraction` of each class, at least one, in val; a class of one stays in train.
+
+    Images of a memory map stay there: the parts share it through `Rows`.
+    """
+    rng = np.random.default_rng(mix(seed, 1))
+    val = np.zeros(len(split), bool)
+    for label in np.unique(split.labels):
+        rows = rng.permutation(np.flatnonzero(split.labels == label))
+        val[rows[: min(len(rows) - 1, max(1, round(len(rows) * fraction)))]] = True
+    if not val.any():
+        raise ValueError(f"--val_fraction {fraction}: leaves no validation image of {len(split)}; give more data")
+    return tuple(Split(Rows(split.images, np.flatnonzero(rows)), split.labels[rows]) for rows in (~val, val))
+
+
+class Rows:
+    """Some rows of an array or memory map [N, ...], read when indexed: nothing is copied before."""
+
+    def __init__(self, array, rows):
+        self.array, self.rows = array, rows
+        self.shape, self.nbytes = (len(rows), *array.shape[1:]), array[:1].nbytes * len(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.array[self.rows[index]]
+
+
+def pixel_statistics(images, most=10_000):
+    """(mean, std) by channel in [0, 1] over at most `most` images, evenly taken; std at least 1/255."""
+    step = max(1, -(-len(images) // most))
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), step * 500):
+        chunk = np.asarray(images[np.arange(start, min(start + step * 500, len(images)), step)])
+        for channel in range(len(counts)):
+            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 255.0**-2))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+# ------------------------------------------------------------------- augmentation on whole batches
+
+
+def uniform(index, seed, epoch, draws):
+    """float32 [B, draws] in [0, 1): the draws of each sample, a function of (seed, epoch, index) alone.
+
+    The finaliser of SplitMix64 (Steele et al. 2014) over a counter, in wrapping int64 arithmetic: a
+    sample draws the same in any batch, order, worker or process.
+    """
+    # one counter for every (sample, draw); the 63-bit key separates seeds and epochs
+    z = index.cpu()[:, None] * draws + torch.arange(draws) + 1
+    z = z * -7046029254386353131 + mix(seed, epoch, draws)  # the golden ratio's odd 64-bit constant
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+    return (z >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def augment(images, index, seed, epoch, image_size, mean, std, crop_padding=4, flip=True, min_crop_area=0.35, cutout=0):
+    """Normalised float32 [B, C, image_size, image_size] from uint8 [B, H, W, C], each sample its own draw.
+
+    Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
+    3/4 to 4/3; Szegedy et al. 2015); others are padded by reflection and cropped. Then a flip from
+    left to right and a square of `cutout` px set to the mean (DeVries & Taylor 2017; 0 is off).
+    """
+    u = uniform(index, seed, epoch, 8).to(images.device)
+    if images.shape[1] > image_size:
+        x = resized_crop(images, u, image_size, min_crop_area)
+    else:
+        x = padded_crop(images, u, crop_padding)
+    if flip:
+        x = torch.where(u[:, 4, None, None, None] < 0.5, x.flip(2), x)
+    x = normalise(x, mean, std)
+    if cutout:
+        # the square's centre lies anywhere, so it may hang over the border
+        centre = (u[:, 5:7] * image_size).floor()[:, :, None]  # [B, 2, 1]
+        near = (torch.arange(image_size, device=x.device) - centre).add(cutout // 2).div(cutout).floor() == 0
+        x = x.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0.0)
+    return x
+
+
+def padded_crop(images, u, padding):
+    """uint8 [B, H, W, C]: a window of the reflected image at u[:, 0:2], one of (2 * padding + 1)^2."""
+    if not padding:
+        return images
+    batch, height, width, channels = images.shape
+    padded = F.pad(images.permute(0, 3, 1, 2).float(), [padding] * 4, mode="reflect").to(torch.uint8)
+    # every window as a strided view, then one index: 170,000 img/s at 32 px on two cores, gather reaches 76,000
+    windows = padded.permute(0, 2, 3, 1).unfold(1, height, 1).unfold(2, width, 1)  # [B, 2p+1, 2p+1, C, H, W]
+    top, left = (u[:, :2] * (2 * padding + 1)).long().unbind(1)
+    return windows.permute(0, 1, 2, 4, 5, 3)[torch.arange(batch, device=u.device), top, left]
+
+
+def resized_crop(images, u, size, min_area):
+    """float [B, size, size, C] of uint8 [B, H, W, C]: a box of random area, aspect and place, bilinear."""
+    area = min_area + (1 - min_area) * u[:, 0]
+    aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
+    half = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1).clamp(max=1)  # [B, (x, y)]
+    centre = (2 * u[:, 2:4] - 1) * (1 - half)
+    theta = torch.cat([torch.diag_embed(half), centre[:, :, None]], 2)  # [B, 2, 3], in the image's [-1, 1]
+    grid = F.affine_grid(theta, [len(u), 1, size, size], align_corners=False)
+    x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="reflection", align_corners=False)
+    return x.permute(0, 2, 3, 1)
+
+
+def normalise(images, mean, std):
+    """float32 [B, C, H, W] in channels_last memory from [B, H, W, C] in 0 to 255."""
+    mean, std = (torch.tensor(values, device=images.device) * 255 for values in (mean, std))
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def centre(images, image_size, mean, std):
+    """What evaluation sees: the centre of image_size of uint8 [B, H, W, C], normalised to [B, C, H, W]."""
+    top, left = ((side - image_size) // 2 for side in images.shape[1:3])
+    return normalise(images[:, top : top + image_size, left : left + image_size], mean, std)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def chunks(order, batch_size):
+    """`order` in pieces of batch_size; a last piece of one joins the one before (BatchNorm needs two)."""
+    pieces = list(torch.as_tensor(order).split(batch_size))
+    if len(pieces) > 1 and len(pieces[-1]) == 1 < batch_size:
+        pieces[-2:] = [torch.cat(pieces[-2:])]
+    return pieces
+
+
+class Gather(torch.utils.data.Dataset):
+    """For DataLoader: a list of indices in, their images and labels out, gathered at once."""
+
+    def __init__(self, split):
+        self.split = split
+
+    def __getitem__(self, index):
+        index = index.numpy()
+        images = np.ascontiguousarray(self.split.images[index])
+        return torch.from_numpy(images), torch.from_numpy(self.split.labels[index])
+
+
+def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
+    """A function that yields the batches of an order: fetch(order, start=0) from batch `start` on.
+
+    Each batch is (images uint8 [B, H, W, C], labels int64 [B], index int64 [B] on the CPU). A split of
+    at most `resident_bytes` is moved to the device once; a larger one, or any where `workers` is
+    given, goes through a DataLoader. Both give the same batches.
+    """
+    if workers is None and split.images.nbytes <= resident_bytes:
+        images = torch.from_numpy(np.array(split.images[np.arange(len(split))])).to(device)
+        labels = torch.from_numpy(split.labels).to(device)
+
+        def fetch(order, start=0):
+            for index in chunks(order, batch_size)[start:]:
+                rows = index.to(device)
+                yield images[rows], labels[rows], index
+
+        return fetch
+
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    pieces = []  # refilled for each order, so that workers persist over epochs
+    loader = DataLoader(
+        Gather(split), sampler=pieces, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
+    )  # fmt: skip
+
+    def fetch(order, start=0):
+        pieces[:] = chunks(order, batch_size)[start:]
+        for (images, labels), index in zip(loader, list(pieces)):
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index
+
+    return fetch

@@ -1,0 +1,280 @@
+"""Evidence of a run: checkpoints, run folders, logs, curves, probes of the device.
+
+Any piece here works alone: this file imports torch, numpy, tqdm and the standard library only
+(tensorboard, wandb and matplotlib where a function needs them).
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+FORMAT_VERSION = 1
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def write_atomic(path, content):
+    """Replace the file at `path` by `content` (bytes), so that either the old or the new one is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # Windows opens no folder; its rename is journalled
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write `checkpoint` (nested dicts and lists of tensors and primitives) to `path`, atomically.
+
+    A file that stands there becomes `previous.pt` where its name is `last.pt`. Raises ValueError,
+    with nothing written, where a tensor under "model" or "ema" holds a NaN or an infinity.
+    """
+    path = Path(path)
+    for part in ("model", "ema"):
+        for name, tensor in (checkpoint.get(part) or {}).items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{path}: {part} {name} is not finite; nothing was written")
+    buffer = io.BytesIO()
+    torch.save({**checkpoint, "format_version": FORMAT_VERSION}, buffer)
+    if path.name == "last.pt" and path.exists():
+        os.replace(path, path.with_name("previous.pt"))
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path):
+    """The checkpoint at `path`, on the CPU; ValueError in one line where it is none, damaged or too new.
+
+    The archive's checksums are verified first: torch.load does not look at them, and of 400 flipped
+    bits it read 369 without a word.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; give a .pt file of a run")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{path}: damaged at {damaged}; use another checkpoint of the run")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
+    except torch.serialization.pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds more than tensors and primitives, so it was not loaded") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
+    if checkpoint.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(f"{path}: format {checkpoint['format_version']}, this kit reads up to {FORMAT_VERSION}")
+    return checkpoint
+
+
+def load_newest(folder, log=print):
+    """The whole checkpoint with the highest step of `last.pt` and `previous.pt` in `folder`.
+
+    A damaged one is set aside as `*.damaged` with a warning; ValueError where none is left.
+    """
+    found = []
+    for name in ("last.pt", "previous.pt"):
+        path = Path(folder) / name
+        if path.exists():
+            try:
+                found.append(load_checkpoint(path))
+            except ValueError as error:
+                os.replace(path, path.with_suffix(".damaged"))
+                log(f"warning: {error}; set aside as {path.with_suffix('.damaged').name}")
+    if not found:
+        raise ValueError(f"--resume: no checkpoint in {folder}; start the run without --resume")
+    return max(found, key=lambda checkpoint: checkpoint["step"])
+
+
+def one_line(error):
+    """The error's text on one line, control characters escaped, cut to 200 characters."""
+    return (repr(str(error))[1:-1].split("\\n")[0] or type(error).__name__)[:200]
+
+
+# ---------------------------------------------------------------------------- run folder and logs
+
+
+def environment():
+    """What a result depends on beside its config: versions, machine, git commit (empty where none is)."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "platform": platform.platform(), "gpu": gpu, "threads": torch.get_num_threads(), "git_commit": commit,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }  # fmt: skip
+
+
+def logger(path=None):
+    """A function log(line): to the terminal, above any bar, and to the file at `path` where given."""
+
+    def log(line):
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        if path is not None:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    return log
+
+
+def write_metrics(path, rows):
+    """Write metrics.csv whole from `rows` (dicts, one an epoch): a resumed run leaves no row twice."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_json(path, value):
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def trackers_available(tensorboard=False, wandb=False):
+    """ValueError, before anything is written, where a tracker that is asked for is not installed."""
+    for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{package} needs the package {package}: pip install {package}")
+
+
+def trackers(folder, config, tensorboard=False, wandb=False):
+    """A list of functions track(step, {name: number}), one a tracker asked for."""
+    tracks = []
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder))
+
+        def to_tensorboard(step, numbers):
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+            writer.flush()
+
+        tracks.append(to_tensorboard)
+    if wandb:
+        import wandb as client
+
+        run = client.init(dir=str(folder), name=Path(folder).name, id=Path(folder).name, resume="allow", config=config)
+        tracks.append(lambda step, numbers: run.log(numbers, step=step))
+    return tracks
+
+
+def text_plot(x, y, marks=(), width=64, height=12):
+    """Lines of ASCII: y (a list of floats) against log10 of x, with a `|` column at each x in `marks`."""
+    x, y = np.log10(np.asarray(x, float)), np.asarray(y, float)
+    top = min(y.max(), 1.5 * y[: max(1, len(y) // 4)].max())  # a diverging end would flatten the rest
+    y = np.minimum(y, top)
+    low, span = y.min(), max(top - y.min(), 1e-12)
+    place = lambda v: np.clip((v - x[0]) / max(x[-1] - x[0], 1e-12) * (width - 1), 0, width - 1).round().astype(int)  # noqa: E731
+    canvas = np.full((height, width), " ")
+    for mark in marks:
+        canvas[:, place(np.log10(mark))] = "|"
+    canvas[((top - y) / span * (height - 1)).round().astype(int), place(x)] = "*"
+    labels = {0: f"{top:9.3f}", height - 1: f"{low:9.3f}"}
+    lines = [f"{labels.get(i, ''):>9} {''.join(row)}" for i, row in enumerate(canvas)]
+    return [*lines, f"{'':10}{10 ** x[0]:<{width - 8}.1e}{10 ** x[-1]:>8.1e}"]
+
+
+def save_curve(path, x, y, marks):
+    """PNG of y against x on a log axis with labelled vertical `marks`; False where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.semilogx(x, y, color="black", linewidth=1.5)
+    for i, (name, value) in enumerate(marks.items()):
+        axes.axvline(value, color=f"C{i}", linestyle="--", label=f"{name}: {value:.1e}")
+    axes.set(xlabel="learning rate", ylabel="smoothed loss", title="Learning-rate range test")
+    axes.set_ylim(min(y) - 0.05 * (y[0] - min(y)) - 1e-3, min(max(y), 1.5 * y[0]) + 1e-3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+# ------------------------------------------------------------------------ device and memory probes
+
+
+def pick_device(name="auto"):
+    """The torch.device of `name`; auto is cuda, mps or cpu, the first that is there. ValueError if it is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    kind = name.split(":")[0]
+    if not there.get(kind, False) or (kind == "cuda" and name != "cuda" and not name[5:].isdigit()):
+        raise ValueError(f"--device {name}: not on this machine; it has {[k for k, ok in there.items() if ok]}")
+    if kind == "cuda" and name != "cuda" and int(name[5:]) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device(name)
+
+
+def cpu_has_amx():
+    """Whether bf16 products run on AMX tiles: 3.5 to 7 times fp32's rate; elsewhere bf16 is far slower."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def pick_precision(amp, device, prefers_bf16_on_amx):
+    """(dtype, reason) for autocast: float32 is off. `amp` is auto, True, False, fp16 or bf16.
+
+    auto and True: bf16 where CUDA has it, else fp16 (but fp32 on the GTX 16 series, whose fp16 gives
+    NaN); on a CPU with AMX bf16, where auto asks that the model gains by it; else float32.
+    """
+    if amp in ("fp16", "bf16"):
+        return (torch.float16 if amp == "fp16" else torch.bfloat16), "asked for"
+    if amp == "False":
+        return torch.float32, "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "supported by this GPU"
+        if "GTX 16" in torch.cuda.get_device_name(device):
+            return torch.float32, "fp16 gives NaN on the GTX 16 series"
+        return torch.float16, "this GPU has no bf16"
+    if device.type == "cpu" and cpu_has_amx() and (amp == "True" or prefers_bf16_on_amx):
+        return torch.bfloat16, "this CPU has AMX"
+    if amp == "True":
+        return torch.float32, f"mixed precision gains nothing on this {device.type}"
+    return torch.float32, f"the faster one on this {device.type} for this model"
+
+
+def free_bytes(device):
+    """Free memory on the device, or of the machine where it is a CPU (4 GiB where it does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30
