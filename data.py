@@ -31,6 +31,7 @@ MAX_ARRAY_BYTES = 8 * 2**30  # a file of a few kB can declare any size: refuse b
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, as an error in place of its warning
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"}
+DECODE_ERRORS = (OSError, SyntaxError, struct.error, EOFError, IndexError)  # what Pillow raises on damaged files
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -116,8 +117,8 @@ def draw_shapes(labels, size, rng):
     draw = lambda low, high, *shape: rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)  # noqa: E731
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     y, x = axis[None, :, None], axis[None, None, :]
-    angle, radius = draw(0, 2 * math.pi), draw(0.3, 0.55)
-    u, v = x - draw(-0.35, 0.35), y - draw(-0.35, 0.35)
+    angle, radius = draw(-math.pi / 4, math.pi / 4), draw(0.5, 0.85)
+    u, v = x - draw(-0.25, 0.25), y - draw(-0.25, 0.25)
     # [N, size, size] coordinates in the frame of the shape, its radius the unit
     u, v = (np.cos(angle) * u + np.sin(angle) * v) / radius, (np.cos(angle) * v - np.sin(angle) * u) / radius
     distance = np.empty_like(u)
@@ -131,7 +132,7 @@ def draw_shapes(labels, size, rng):
     colour, ground = (np.where(light, a, b) for a, b in ((light_colour, dark_colour), (dark_colour, light_colour)))
     ground = ground + draw(-0.2, 0.2, 3) * x[:, None] + draw(-0.2, 0.2, 3) * y[:, None]
     image = ground + alpha * (colour - ground)
-    noise = rng.standard_normal((count, 1, size, size), np.float32) * draw(0.02, 0.12, 1)
+    noise = rng.standard_normal((count, 1, size, size), np.float32) * draw(0.01, 0.08, 1)
     return np.moveaxis(np.clip((image + noise) * 255, 0, 255).astype(np.uint8), 1, 3)
 
 
@@ -166,8 +167,7 @@ SHAPES = (  # signed distances, negative inside, radius 1; in the order of `buil
 def load_npz(path, image_size=0):
     """Arrays x, y or x_train, y_train and x_val, x_test …: uint8, or float in [0, 1], [N, H, W] or [N, H, W, C]."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            declared = sum(member.file_size for member in archive.infolist())
+        declared = max(0, *npz_sizes(path))
         if declared > MAX_ARRAY_BYTES:
             raise ValueError(f"{path}: declares {declared:,} bytes; at most {MAX_ARRAY_BYTES:,} are read")
         with np.load(path, allow_pickle=False) as archive:
@@ -186,6 +186,18 @@ def load_npz(path, image_size=0):
         raise ValueError(f"{path}: needs x and y, or x_train and y_train; got {sorted(arrays) or 'neither'}")
     classes = [str(k) for k in range(max(int(split.labels.max()) for split in splits.values()) + 1)]
     return fit(Data(splits, classes, image_size, f"{path.name} (NPZ)"))
+
+
+def npz_sizes(path):
+    """The bytes that each array of an NPZ will take, as its entry and, apart from it, its header declare."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            yield member.file_size
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                yield math.prod(shape) * dtype.itemsize
 
 
 def pair(where, images, labels):
@@ -398,6 +410,8 @@ def open_image(path):
         raise ValueError(f"{path}: {one_line(error)}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a whole picture in {', '.join(IMAGE_FORMATS)}; convert or remove it") from None
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove it") from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{path}: {image.width}x{image.height} is over {MAX_IMAGE_PIXELS:,} pixels; make it smaller")
     return image
@@ -426,7 +440,7 @@ def decode_image(path, size):
             if (width, height) != (size, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
             return np.asarray(image)
-    except (OSError, SyntaxError, struct.error, EOFError, IndexError) as error:  # what Pillow raises on damaged files
+    except DECODE_ERRORS as error:
         raise ValueError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove it") from None
 
 

@@ -120,7 +120,7 @@ def build_parser():
     add("--max_samples", type=number(int, 0), default=0, help="a stratified subset of each split; 0: all")
     add("--workers", type=number(int, 0, 64), help="loader processes; else chosen: none where the data fits in memory")
     add("--cache_dir", type=str, default=".cache", help="where decoded image folders are kept")
-    add("--crop_padding", type=number(int, 0, 256), help="px of the padded crop; else image_size // 8")
+    add("--crop_padding", type=number(int, 0, 256), default=4, help="px of the padded crop")
     add("--flip", type=boolean, nargs="?", const=True, help="from left to right; else on for colour images only")
     add("--min_crop_area", type=number(float, 0, 1, open_low=True), default=0.35, help="of random resized crops")
     add("--cutout", type=number(int, 0, 2048), default=0, help="px a side of the square set to the mean")
@@ -131,12 +131,12 @@ def build_parser():
     add("--label_smoothing", type=share, default=0.0, help="share of the target spread over all classes")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=12, help="passes over the training split")
+    add("--epochs", type=positive, default=10, help="passes over the training split")
     add("--batch_size", type=positive, default=16, help="images a micro-batch")
     add("--accumulation_steps", type=positive, default=1, help="micro-batches a step")
     add("--clip_grad_norm", type=at_least_0, default=0.0, help="largest gradient norm; 0: no clipping")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd has Nesterov momentum")
-    add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak rate; else 0.002 adamw, 0.1 sgd")
+    add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak rate; else 0.003 adamw, 0.1 sgd")
     add("--weight_decay", type=at_least_0, default=0.01, help="on matrices and filters alone")
     add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1")
     add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
@@ -681,7 +681,7 @@ def suggest_lr(rates, losses):
     longest = [(1, i) for i in range(len(losses))]
     for i in range(len(losses)):
         for j in range(i):
-            if losses[i] < losses[j] and longest[i][0] < longest[j][0] + 1:
+            if losses[i] < losses[j] and longest[i][0] <= longest[j][0] + 1:  # of equal ones the latest
                 longest[i] = (longest[j][0] + 1, longest[j][1])
     end = max(range(len(losses)), key=lambda i: longest[i][0])
     begin = longest[end][1]
@@ -771,7 +771,7 @@ def prepare_run(config):
     model.to(device, memory_format=torch.channels_last if config["channels_last"] else torch.contiguous_format)
 
     if config["lr"] is None:
-        config["lr"] = 0.1 if config["optimizer"] == "sgd" else 0.002
+        config["lr"] = 0.1 if config["optimizer"] == "sgd" else 0.003
     first_rate = 1e-3 if config["lr"] == "auto" else config["lr"]
     optimizer = build_optimizer(
         model, config["optimizer"], first_rate, config["weight_decay"], config["momentum"], device
@@ -786,11 +786,11 @@ def prepare_run(config):
     task = image_task(config["label_smoothing"])
     check_monitor(config, task, val is not None)
 
-    padding = source.image_size // 8 if config["crop_padding"] is None else config["crop_padding"]
+    padding = config["crop_padding"]
     if padding >= source.image_size:
         raise ValueError(f"--crop_padding {padding}: must be below the image size, {source.image_size}")
     flip = channels >= 3 if config["flip"] is None else config["flip"]
-    config.update(crop_padding=padding, flip=flip)
+    config["flip"] = flip
     budget = utils.free_bytes(device) // 4
     fetch_train = data.batches(train, config["batch_size"], device, budget, config["workers"])
     run = Run(

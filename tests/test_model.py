@@ -1,0 +1,157 @@
+"""The networks against the paper's counts, torchvision, timm and a stored reference."""
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import model
+
+# Logits of torchvision 0.29.2's efficientnet_b0 under `reference_weights` and `reference_input`: every 100th class.
+TORCHVISION_LOGITS = [
+    0.0179, 0.4785, 0.3752, -0.1706, 0.178, -0.9042, 0.1416, 0.4808, 0.2155, -0.5836,
+    0.0225, 0.4727, 0.377, -0.1724, 0.1783, -0.9028, 0.1434, 0.4777, 0.2187, -0.5819,
+]  # fmt: skip
+
+
+def reference_weights(state_dict):
+    """Weights that every machine draws alike (numpy's frozen RandomState), at scales that keep signals alive."""
+    random, filled = np.random.RandomState(0), {}
+    for name, tensor in state_dict.items():
+        drawn = torch.from_numpy(random.standard_normal(tuple(tensor.shape))).float()
+        if not tensor.is_floating_point():
+            filled[name] = torch.ones_like(tensor)
+        elif name.endswith("running_var"):
+            filled[name] = 0.5 + drawn.abs()
+        elif tensor.ndim >= 2:
+            filled[name] = drawn * (2 / tensor[0].numel()) ** 0.5
+        else:
+            filled[name] = drawn * 0.2 + (1.0 if name.endswith("weight") else 0.0)
+    return filled
+
+
+def reference_input():
+    return torch.from_numpy(np.random.RandomState(1).standard_normal((2, 3, 64, 64))).float()
+
+
+def import_torchvision():
+    """torchvision, with the operators that its build without compiled code lacks declared."""
+    pytest.importorskip("torch")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        try:
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:
+            pass  # a build that has them
+    import torchvision
+
+    return torchvision, library
+
+
+def test_efficientnet_has_the_papers_parameters():
+    b0 = model.build_model("efficientnet_b0", 1000)
+    assert sum(p.numel() for p in b0.parameters()) == 5_288_548
+    by_stage = [sum(p.numel() for p in stage.parameters()) for stage in b0.features]
+    assert by_stage == [928, 1448, 16714, 46640, 242930, 543148, 2026348, 717232, 412160]
+    assert len(b0.state_dict()) == 360
+
+
+@torch.no_grad()
+def test_efficientnet_equals_the_stored_reference():
+    b0 = model.build_model("efficientnet_b0", 1000).eval()
+    b0.load_state_dict(reference_weights(b0.state_dict()))
+    logits = b0(reference_input())[:, ::100].flatten()
+    assert torch.allclose(logits, torch.tensor(TORCHVISION_LOGITS), atol=1e-3)
+
+
+@torch.no_grad()
+def test_efficientnet_equals_torchvision():
+    torchvision, _library = import_torchvision()
+    theirs = torchvision.models.efficientnet_b0(weights=None).eval()
+    theirs.load_state_dict(reference_weights(theirs.state_dict()))
+    ours = model.build_model("efficientnet_b0", 1000).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert (ours(reference_input()) - theirs(reference_input())).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_efficientnet_equals_timm_by_names_in_any_order():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("efficientnet_b0").eval()
+    theirs.load_state_dict(reference_weights(theirs.state_dict()))
+    ours = model.build_model("efficientnet_b0", 1000).eval()
+    model.load_backbone(ours, dict(sorted(theirs.state_dict().items())))
+    assert (ours(reference_input()) - theirs(reference_input())).abs().max() < 1e-4
+
+
+def test_timm_names_map_onto_every_tensor():
+    """The table alone, where timm is not installed: each of timm's names of stages 0 and 3 has its place."""
+    own = model.build_model("efficientnet_b0", 10).state_dict()
+    stage0 = ["conv_dw.weight", "bn1.bias", "se.conv_reduce.bias", "se.conv_expand.weight", "conv_pw.weight", "bn2.running_var"]
+    stage3 = [*stage0, "conv_pwl.weight", "bn3.num_batches_tracked"]
+    names = [f"blocks.0.0.{n}" for n in stage0] + [f"blocks.3.2.{n}" for n in stage3]
+    mapped = [model.timm_to_torchvision(n) for n in [*names, "conv_stem.weight", "bn2.weight", "classifier.bias"]]
+    assert len(set(mapped)) == len(mapped) and set(mapped) <= set(own)
+    assert model.timm_to_torchvision("blocks.3.2.conv_pwl.weight") == "features.4.2.block.3.0.weight"
+    assert model.timm_to_torchvision("blocks.0.0.conv_pw.weight") == "features.1.0.block.2.0.weight"
+
+
+@pytest.mark.parametrize("name", list(model.MODELS))
+def test_initial_loss_is_log_classes(name):
+    net = model.build_model(name, 7)
+    loss = model.image_loss(net(torch.randn(4, 3, 32, 32)), torch.tensor([0, 3, 5, 6])) / 4
+    assert loss.item() == pytest.approx(math.log(7), abs=1e-6)
+
+
+def test_custom_has_4_7_million_parameters_and_takes_any_size():
+    for channels, size in ((1, 24), (3, 32), (4, 57), (3, 64), (3, 130)):
+        net = model.build_model("custom", 10, channels, stem_stride=model.stem_stride_for(size))
+        assert sum(p.numel() for p in net.parameters()) == pytest.approx(4.7e6, rel=0.02)
+        assert net(torch.randn(2, channels, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", list(model.MODELS))
+def test_parameter_groups_partition_the_model(name):
+    net = model.build_model(name, 10)
+    decay, rest = model.parameter_groups(net, 0.1)
+    ids = [id(p) for group in (decay, rest) for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in net.parameters()) and len(set(ids)) == len(ids)
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert {id(p) for p in rest["params"]} == {id(p) for n, p in net.named_parameters() if p.ndim == 1}
+
+
+def test_stochastic_depth_drops_whole_rows_and_keeps_the_mean():
+    torch.manual_seed(0)
+    block = model.MBConv(8, 8, 1, 3, 1, drop_probability=0.5).train()
+    x = torch.randn(400, 8, 4, 4)
+    with torch.no_grad():
+        y = block(x) - x
+        kept = y.flatten(1).abs().amax(1) > 1e-6
+        full = block.block(x)
+    assert 150 < kept.sum() < 250
+    assert torch.allclose(y[kept], 2 * full[kept], atol=1e-5)  # divided by the probability of keeping
+    assert torch.equal(block.eval()(x), x + block.block(x))
+
+
+def test_another_head_keeps_the_backbone_and_one_channel_sums_the_stem():
+    official = reference_weights(model.build_model("efficientnet_b0", 1000).state_dict())
+    net = model.build_model("efficientnet_b0", 5)
+    model.load_backbone(net, official)
+    assert torch.equal(net.features[8][0].weight, official["features.8.0.weight"])
+    assert not net.classifier[1].weight.any()
+    grey = model.build_model("efficientnet_b0", 5, 1)
+    model.load_backbone(grey, official)
+    assert torch.equal(grey.features[0][0].weight[:, 0], official["features.0.0.weight"].sum(1))
+
+
+def test_wrong_weights_name_the_tensor():
+    b0, custom = model.build_model("efficientnet_b0", 10), model.build_model("custom", 10)
+    with pytest.raises(ValueError, match="features.0.0.weight is missing"):
+        model.load_backbone(b0, custom.state_dict())
+    weights = b0.state_dict() | {"features.8.0.weight": torch.zeros(4, 4)}
+    with pytest.raises(ValueError, match="features.8.0.weight is 4x4, the model needs 1280x320x1x1"):
+        model.load_backbone(b0, weights)
