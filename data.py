@@ -117,7 +117,7 @@ def draw_shapes(labels, size, rng):
     draw = lambda low, high, *shape: rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)  # noqa: E731
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     y, x = axis[None, :, None], axis[None, None, :]
-    angle, radius = draw(-math.pi / 4, math.pi / 4), draw(0.5, 0.85)
+    angle, radius = draw(0, 2 * math.pi), draw(0.5, 0.85)
     u, v = x - draw(-0.25, 0.25), y - draw(-0.25, 0.25)
     # [N, size, size] coordinates in the frame of the shape, its radius the unit
     u, v = (np.cos(angle) * u + np.sin(angle) * v) / radius, (np.cos(angle) * v - np.sin(angle) * u) / radius
@@ -243,7 +243,7 @@ def read_idx(path, dimensions):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             header = file.read(4 + 4 * dimensions)
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
-                raise ValueError(f"{path}: not IDX of {dimensions} unsigned-byte axes, its header is {header[:4].hex()}")
+                raise ValueError(f"{path}: not IDX of {dimensions} axes of bytes, its header is {header[:4].hex()}")
             shape = struct.unpack(f">{dimensions}I", header[4:])
             declared = math.prod(shape)
             if declared > MAX_ARRAY_BYTES:
@@ -373,7 +373,8 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     """
     import_pillow()
     files, classes = scan_folder(root)
-    files = {name: [rows[i] for i in stratified([y for _, y in rows], max_samples, seed)] for name, rows in files.items()}
+    for name, rows in files.items():
+        files[name] = [rows[i] for i in stratified([label for _, label in rows], max_samples, seed)]
     every = [path for rows in files.values() for path, _ in rows]
     probe = every[:: max(1, len(every) // 64)]
     typical = int(np.median([min(image_shape(path)) for path in probe]))  # shorter side, px

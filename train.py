@@ -25,9 +25,9 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -185,14 +185,14 @@ def parse_flags(argv):
     actions = {action.dest: action for action in parser._actions if action.dest in defaults}
     for action in actions.values():
         action.default = argparse.SUPPRESS  # so that a flag that equals its default still counts as given
-    argv = [a if not a.startswith("--") else a.split("=")[0].replace("-", "_").replace("__", "--", 1) + a[len(a.split("=")[0]) :] for a in argv]  # fmt: skip
+    argv = [re.sub(r"^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         fail(f"{shown(name)} is no flag; {nearest(name, ['--' + key for key in defaults])}")
     flags = vars(flags)
-    preset = read_preset(Path(__file__).with_name("configs.json"), flags["config"], actions) if "config" in flags else {}
-    given = {**preset, **flags}
+    presets = Path(__file__).with_name("configs.json")
+    given = {**(read_preset(presets, flags["config"], actions) if "config" in flags else {}), **flags}
     return {**defaults, **given}, given
 
 
@@ -479,7 +479,8 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None):
             inputs = prepare(images)
             outputs = model(inputs) if weights is None else functional_call(model, weights, (inputs,))
             batch = [task.loss(outputs, targets), *(metric(outputs, targets) for metric in task.metrics.values())]
-        sums = sums + torch.stack([*(v.double() for v in batch), torch.as_tensor(task.items(targets)).to(batch[0]).double()])
+            batch.append(torch.as_tensor(task.items(targets), device=images.device))
+        sums = sums + torch.stack([value.double() for value in batch])
     model.train(training)
     return means(sums, task)
 
@@ -504,15 +505,14 @@ def windows(batches, size):
         yield window
 
 
-def fit(state, run):
-    """Mutates `state`: train it to the end of the run, or until a signal; exit status of the program.
+def fit(state, run, stop=()):
+    """Mutates `state`: train it to the end of the run, or until `stop` holds a signal; the exit status.
 
     `run` holds the pieces that `prepare_run` put together. Every epoch ends in a row of metrics.csv, a
     line of the log, best.pt where the monitored metric gained, and last.pt.
     """
     config, task, log, folder = run.config, run.task, run.log, run.folder
     monitor, higher = config["monitor"], "loss" not in config["monitor"]
-    stop = catch_signals()
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
 
     def save():
@@ -563,7 +563,8 @@ def fit(state, run):
                 if now - shown_at > bar.mininterval:  # reading the sums waits for the device
                     shown_at = now
                     bad = {"bad_steps": state.bad_steps} if state.bad_steps else {}
-                    bar.set_postfix({**{k: f"{v:.3f}" for k, v in means(state.sums, task).items()}, **bad}, refresh=False)
+                    shown_means = {name: f"{value:.3f}" for name, value in means(state.sums, task).items()}
+                    bar.set_postfix({**shown_means, **bad}, refresh=False)
                 if stop or (config["save_every"] and state.step % config["save_every"] == 0):
                     state.seconds = time.perf_counter() - began
                     save()
@@ -624,8 +625,9 @@ def epoch_line(row, epochs, new_best):
     return " | ".join(parts)
 
 
+@contextlib.contextmanager
 def catch_signals():
-    """A list that receives SIGINT or SIGTERM's number, for the loop to see; a second signal ends at once."""
+    """Gives a list that receives SIGINT or SIGTERM's number, for the loop to see; a second one ends at once."""
     received = []
 
     def handle(number, frame):
@@ -633,9 +635,13 @@ def catch_signals():
             os._exit(128 + number)
         received.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return received
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------- LR finder
@@ -779,10 +785,11 @@ def prepare_run(config):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = TrainState(model, optimizer, scaler, start_ema(model) if config["ema_decay"] else None)
 
-    steps_an_epoch = -(-len(data.chunks(torch.arange(len(train)), config["batch_size"])) // config["accumulation_steps"])
+    batches_an_epoch = len(data.chunks(torch.arange(len(train)), config["batch_size"]))
+    steps_an_epoch = -(-batches_an_epoch // config["accumulation_steps"])
     total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
     if warmup_steps >= total_steps:
-        raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be shorter than --epochs {config['epochs']}")
+        raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
     task = image_task(config["label_smoothing"])
     check_monitor(config, task, val is not None)
 
@@ -913,7 +920,7 @@ def resumed_config(folder, config, given):
     """The config of the run in `folder`, with the free flags of this call; ValueError where another one differs."""
     stored = read_run_config(folder / "config.json")["config"]
     if strange := sorted(stored.keys() ^ {key for key in config if key not in MODES}):
-        raise ValueError(f"{folder}: its config differs from this kit's in {strange[0]}; resume it with its own version")
+        raise ValueError(f"{folder}: its flags are not this kit's ({strange[0]}); resume it with its own version")
     for key, value in given.items():
         if key in MODES:
             continue
@@ -935,7 +942,7 @@ def main(argv=None):
             config = resumed_config(folder, config, given)
             saved = utils.load_newest(folder)
             if saved["finished"]:
-                raise ValueError(f"--resume {folder.name}: finished already; start a new run, or --evaluate its best.pt")
+                raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
         else:
             name = config["run_name"] or f"{config['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder = RUNS / name
@@ -965,7 +972,8 @@ def main(argv=None):
         if saved is None:
             stored = {key: value for key, value in run.config.items() if key not in MODES}
             utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
-        return fit(state, run)
+        with catch_signals() as stop:
+            return fit(state, run, stop)
     except FloatingPointError as error:
         run.log(f"error: {error}")
         return 1
@@ -1000,7 +1008,8 @@ def run_evaluate(config, given):
     if "meta" not in found or "model" not in found:
         raise ValueError(f"{config['evaluate']}: has no metadata; give a checkpoint that a run of this kit wrote")
     meta = found["meta"]
-    source = load_data({**config, **meta["source"], "image_size": meta["image_size"], **{k: given[k] for k in given if k in meta["source"]}})  # fmt: skip
+    stored = {**meta["source"], "image_size": meta["image_size"]}
+    source = load_data({**config, **stored, **{key: given[key] for key in given if key in meta["source"]}})
     if source.classes != meta["classes"]:
         raise ValueError(f"--data: its classes {source.classes[:5]} are not the checkpoint's {meta['classes'][:5]}")
     name = next(split for split in ("test", "val", "train") if split in source.splits)
@@ -1015,7 +1024,8 @@ def run_evaluate(config, given):
     batches = data.batches(split, 2 * config["batch_size"], device, utils.free_bytes(device) // 4, config["workers"])
     prepare = lambda images: data.centre(images, meta["image_size"], meta["mean"], meta["std"])  # noqa: E731
     result = evaluate(model, batches(torch.arange(len(split))), image_task(), prepare, dtype)
-    print(f"{config['evaluate']} on {len(split):,} {name} images: loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}")
+    found = f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}"
+    print(f"{config['evaluate']} on {len(split):,} {name} images: {found}")
     if config["output"]:
         utils.write_json(config["output"], {config["evaluate"]: {"split": name, "samples": len(split), **result}})
     return 0

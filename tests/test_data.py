@@ -259,14 +259,14 @@ def bad_cases(tmp):
     """(name, a function that makes the bad input, what its one line says)."""
     x, y = np.zeros((6, 24, 24), np.uint8), np.arange(6) % 2
 
-    def idx(header=None, content=None, labels=y.astype(np.uint8), gz=False):
+    def idx(header=None, content=None, labels=None, gz=False):
         folder = tmp / "idx"
         folder.mkdir()
         whole = bytes([0, 0, 8, 3]) + struct.pack(">3I", *x.shape) + x.tobytes()
         raw = (header or whole[:16]) + (whole[16:] if content is None else content)
         name = "train-images-idx3-ubyte"
         (folder / (name + ".gz" * gz)).write_bytes(gzip.compress(raw)[:-20] if gz else raw)
-        write_idx(folder / "train-labels-idx1-ubyte", labels)
+        write_idx(folder / "train-labels-idx1-ubyte", y.astype(np.uint8) if labels is None else labels)
         return folder
 
     def folder(**arguments):
@@ -429,7 +429,8 @@ def test_augmentation_of_a_sample_does_not_depend_on_its_batch(size):
     whole = data.augment(images, index, 1, 2, size, cutout=6, **STATS)
     assert whole.shape == (16, 3, size, size) and whole.dtype == torch.float32
     backwards = data.augment(images.flip(0), index.flip(0), 1, 2, size, cutout=6, **STATS).flip(0)
-    alone = torch.cat([data.augment(images[i : i + 1], index[i : i + 1], 1, 2, size, cutout=6, **STATS) for i in range(16)])
+    pairs = zip(images.split(1), index.split(1))
+    alone = torch.cat([data.augment(image, i, 1, 2, size, cutout=6, **STATS) for image, i in pairs])
     assert torch.equal(whole, backwards) and torch.allclose(whole, alone, atol=1e-5)
     assert not torch.equal(whole, data.augment(images, index, 1, 3, size, cutout=6, **STATS))
 
@@ -464,7 +465,8 @@ def test_random_resized_crop_keeps_to_its_areas_and_to_the_image():
 
 
 def test_cutout_blanks_a_square_to_the_mean():
-    out = data.augment(torch.full((300, 32, 32, 3), 255, dtype=torch.uint8), torch.arange(300), 0, 0, 32, cutout=8, **STATS)
+    white = torch.full((300, 32, 32, 3), 255, dtype=torch.uint8)
+    out = data.augment(white, torch.arange(300), 0, 0, 32, cutout=8, **STATS)
     blank = (out == 0).all(1).flatten(1).sum(1)
     assert blank.max() == 64 and blank.min() < 64 and blank.min() >= 16  # whole squares, and some over the border
 

@@ -91,7 +91,8 @@ def test_efficientnet_equals_timm_by_names_in_any_order():
 def test_timm_names_map_onto_every_tensor():
     """The table alone, where timm is not installed: each of timm's names of stages 0 and 3 has its place."""
     own = model.build_model("efficientnet_b0", 10).state_dict()
-    stage0 = ["conv_dw.weight", "bn1.bias", "se.conv_reduce.bias", "se.conv_expand.weight", "conv_pw.weight", "bn2.running_var"]
+    stage0 = ["conv_dw.weight", "bn1.bias", "se.conv_reduce.bias", "se.conv_expand.weight"]
+    stage0 += ["conv_pw.weight", "bn2.running_var"]
     stage3 = [*stage0, "conv_pwl.weight", "bn3.num_batches_tracked"]
     names = [f"blocks.0.0.{n}" for n in stage0] + [f"blocks.3.2.{n}" for n in stage3]
     mapped = [model.timm_to_torchvision(n) for n in [*names, "conv_stem.weight", "bn2.weight", "classifier.bias"]]
