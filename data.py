@@ -114,7 +114,7 @@ def built_in(image_size=64, sizes=(("train", 3000), ("val", 500), ("test", 500))
 def draw_shapes(labels, size, rng):
     """Uint8 [N, size, size, 3]: the shape of each label (0 to 9, see `built_in`), drawn at random."""
     count = len(labels)
-    draw = lambda low, high, *shape: rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)  # noqa: E731
+    draw = lambda low, high, *shape: rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     y, x = axis[None, :, None], axis[None, None, :]
     angle, radius = draw(0, 2 * math.pi), draw(0.5, 0.85)
@@ -185,7 +185,7 @@ def load_npz(path, image_size=0):
     if "train" not in splits:
         raise ValueError(f"{path}: needs x and y, or x_train and y_train; got {sorted(arrays) or 'neither'}")
     classes = [str(k) for k in range(max(int(split.labels.max()) for split in splits.values()) + 1)]
-    return fit(Data(splits, classes, image_size, f"{path.name} (NPZ)"))
+    return match_size(Data(splits, classes, image_size, f"{path.name} (NPZ)"))
 
 
 def npz_sizes(path):
@@ -263,7 +263,7 @@ def load_idx(path, files, image_size=0):
         raise ValueError(f"{path}: train-images-idx3-ubyte is missing; only the test files are there")
     splits = {name: pair(str(x), read_idx(x, 3), read_idx(y, 1)) for name, (x, y) in files.items()}
     classes = [str(k) for k in range(max(int(split.labels.max()) for split in splits.values()) + 1)]
-    return fit(Data(splits, classes, image_size, f"{path.name} (IDX)"))
+    return match_size(Data(splits, classes, image_size, f"{path.name} (IDX)"))
 
 
 def cifar_files(folder):
@@ -298,10 +298,10 @@ def load_cifar(path, files, image_size=0):
     listing = files["train"][0].parent / ("fine_label_names.txt" if fine else "batches.meta.txt")
     classes = listing.read_text().split() if listing.is_file() else []
     classes = classes if len(classes) == count else [str(k) for k in range(count)]
-    return fit(Data(splits, classes, image_size, f"{path.name} (CIFAR-{count})"))
+    return match_size(Data(splits, classes, image_size, f"{path.name} (CIFAR-{count})"))
 
 
-def fit(data, chunk=4096):
+def match_size(data, chunk=512):
     """`data` with images of `image_size`: shorter side resized, centre cropped; as they are where it is 0."""
     sides = {side for split in data.splits.values() for side in split.images.shape[1:3]}
     channels = {split.images.shape[3] for split in data.splits.values()}
@@ -337,7 +337,7 @@ def scan_folder(root):
     With train, val (valid, validation) or test above them where all sub-folders are such; links that
     lead out of `root` are refused.
     """
-    folders = lambda path: sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))  # noqa: E731
+    folders = lambda path: sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     top, real_root = folders(root), root.resolve()
     named = {p: SPLIT_NAMES[p.name.lower()] for p in top if p.name.lower() in SPLIT_NAMES}
     if named and not ("train" in named.values() and len(set(named.values())) == len(named)):
@@ -355,8 +355,10 @@ def scan_folder(root):
             images = [p for p in images if not p.name.startswith(".") and p.is_file()]
             if not images:
                 raise ValueError(f"{folder / name}: no image in this class folder; add some or remove it")
+            real_folder = (folder / name).resolve()  # a link may stand at any level: the class folder or a picture
             for p in images:
-                if not p.resolve().is_relative_to(real_root):
+                real = p.resolve() if p.is_symlink() else real_folder
+                if not real.is_relative_to(real_root):
                     raise ValueError(f"{p}: a link that leads out of {root}; copy the picture in its place")
             files[split] += [(p, label) for p in images]
     if len(classes) < 2:
@@ -386,7 +388,7 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     splits, start = {}, 0
     for name, rows in files.items():
         labels = np.array([label for _, label in rows], np.int64)
-        splits[name] = Split(images[start : start + len(rows)], labels)
+        splits[name] = Split(Rows(images, np.arange(start, start + len(rows))), labels)
         start += len(rows)
     return Data(splits, classes, image_size, f"{root.resolve().name} (image folder)")
 
@@ -545,6 +547,16 @@ class Rows:
 
     def __getitem__(self, index):
         return self.array[self.rows[index]]
+
+    def __getstate__(self):
+        """A worker that is spawned opens the map by its name: pickled as it is, it would be read whole."""
+        mapped = isinstance(self.array, np.memmap)
+        return {**vars(self), "array": Path(self.array.filename) if mapped else self.array}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if isinstance(self.array, Path):
+            self.array = np.load(self.array, mmap_mode="r", allow_pickle=False)
 
 
 def pixel_statistics(images, most=10_000):

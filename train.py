@@ -173,7 +173,7 @@ def build_parser():
 
     add = parser.add_argument_group("other modes").add_argument
     add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
-    add("--evaluate", type=str, metavar="CKPT", help="a checkpoint on the test split (val where there is none)")
+    add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split (val where there is none)")
     add("--output", type=str, metavar="FILE", help="write what --find_lr (.csv) or --evaluate (.json) found")
     return parser
 
@@ -303,7 +303,8 @@ class TrainState:
         models.check_state_dict(self.model.state_dict(), saved["model"])
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and self.scaler.is_enabled():  # a run may go on at another precision
+            self.scaler.load_state_dict(saved["scaler"])
         for name in self.PLAIN:
             setattr(self, name, saved[name])
         device = next(self.model.parameters()).device
@@ -538,14 +539,13 @@ def fit(state, run, stop=()):
         began, shown_at = time.perf_counter() - state.seconds, 0.0
         bar = tqdm(
             total=count, initial=min(count, start * config["batch_size"]), unit="img", leave=False, dynamic_ncols=True,
-            desc=f"epoch {epoch + 1}/{config['epochs']}", mininterval=0.5 if sys.stderr.isatty() else 10,
+            desc=f"epoch {epoch + 1}/{config['epochs']}", mininterval=0.5 if sys.stderr.isatty() else 5,
         )  # fmt: skip
-        augment = lambda images, index: run.augment(images, index, epoch)  # noqa: E731
+        augment = lambda images, index: run.augment(images, index, epoch)
         state.model.train()
         with contextlib.closing(bar):
             for window in windows(run.fetch_train(order, start), config["accumulation_steps"]):
-                lr, momentum = run.schedule(state.step, cuts)
-                set_rates(state.optimizer, lr, momentum)
+                set_rates(state.optimizer, *run.schedule(state.step, cuts))
                 torch.manual_seed(data.mix(config["seed"], state.step, 0))  # dropout = f(seed, step, rank)
                 sums, norm, good = train_step(
                     state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"]
@@ -581,7 +581,8 @@ def fit(state, run, stop=()):
                 batches = run.fetch_val(torch.arange(len(run.val)))
                 found = evaluate(state.model, batches, task, run.prepare, run.dtype, weights)
                 row.update({f"{name}_{k}": v for k, v in found.items()})
-        row.update(lr=lr, seconds=seconds, images_per_second=count / seconds, bad_steps=state.bad_steps)
+        rate = state.optimizer.param_groups[0]["lr"]  # of the last step
+        row.update(lr=rate, seconds=seconds, images_per_second=count / seconds, bad_steps=state.bad_steps)
         state.history.append(row)
         # a NaN is never a gain: comparisons with it are False
         since = epochs_since_best([r[monitor] for r in state.history], higher)
@@ -708,12 +709,12 @@ def sweep(state, run):
                 yield epoch, window
 
     source = endless()
-    bar = tqdm(total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 10)
+    bar = tqdm(total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 5)
 
     def step(state, item):
         epoch, window = item
         bar.update()
-        augment = lambda images, index: run.augment(images, index, epoch)  # noqa: E731
+        augment = lambda images, index: run.augment(images, index, epoch)
         return train_step(state, window, run.task, augment, run.dtype, run.config["clip_grad_norm"])
 
     with contextlib.closing(bar):
@@ -935,7 +936,10 @@ def main(argv=None):
     config, given = parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         if config["evaluate"]:
-            return run_evaluate(config, given)
+            results = [run_evaluate(path, config, given) for path in config["evaluate"]]
+            if config["output"]:
+                utils.write_json(config["output"], results[0] if len(results) == 1 else results)
+            return 0
         saved = None
         if config["resume"] is not None:
             folder = find_run(config["resume"] or config["run_name"])
@@ -974,7 +978,7 @@ def main(argv=None):
             utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
         with catch_signals() as stop:
             return fit(state, run, stop)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # a run that diverged; a disk that is full
         run.log(f"error: {error}")
         return 1
 
@@ -1002,11 +1006,11 @@ def report_find_lr(state, run, output):
     return 0
 
 
-def run_evaluate(config, given):
-    """Print, and write as JSON, loss and accuracy of a checkpoint on the test split, or on val where none is."""
-    found = utils.load_checkpoint(config["evaluate"])
+def run_evaluate(path, config, given):
+    """{"checkpoint", "split", "samples", "loss", metrics…} of one checkpoint, on test or on val where none is."""
+    found = utils.load_checkpoint(path)
     if "meta" not in found or "model" not in found:
-        raise ValueError(f"{config['evaluate']}: has no metadata; give a checkpoint that a run of this kit wrote")
+        raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
     meta = found["meta"]
     stored = {**meta["source"], "image_size": meta["image_size"]}
     source = load_data({**config, **stored, **{key: given[key] for key in given if key in meta["source"]}})
@@ -1022,14 +1026,16 @@ def run_evaluate(config, given):
     model.load_state_dict(found["model"])
     model.to(device, memory_format=torch.channels_last if config["channels_last"] else torch.contiguous_format)
     batches = data.batches(split, 2 * config["batch_size"], device, utils.free_bytes(device) // 4, config["workers"])
-    prepare = lambda images: data.centre(images, meta["image_size"], meta["mean"], meta["std"])  # noqa: E731
+    prepare = lambda images: data.centre(images, meta["image_size"], meta["mean"], meta["std"])
     result = evaluate(model, batches(torch.arange(len(split))), image_task(), prepare, dtype)
-    found = f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}"
-    print(f"{config['evaluate']} on {len(split):,} {name} images: {found}")
-    if config["output"]:
-        utils.write_json(config["output"], {config["evaluate"]: {"split": name, "samples": len(split), **result}})
-    return 0
+    numbers = f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}"
+    print(f"{path} on {len(split):,} {name} images: {numbers}")
+    return {"checkpoint": path, "split": name, "samples": len(split), **result}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # outside the loop, which saves: while reading data, say
+        print("stopped before the first step; nothing to save", file=sys.stderr)
+        sys.exit(130)

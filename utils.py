@@ -194,7 +194,7 @@ def text_plot(x, y, marks=(), width=64, height=12):
     top = min(y.max(), 1.5 * y[: max(1, len(y) // 4)].max())  # a diverging end would flatten the rest
     y = np.minimum(y, top)
     low, span = y.min(), max(top - y.min(), 1e-12)
-    place = lambda v: np.clip((v - x[0]) / max(x[-1] - x[0], 1e-12) * (width - 1), 0, width - 1).round().astype(int)  # noqa: E731
+    place = lambda v: np.clip((v - x[0]) / max(x[-1] - x[0], 1e-12) * (width - 1), 0, width - 1).round().astype(int)
     canvas = np.full((height, width), " ")
     for mark in marks:
         canvas[:, place(np.log10(mark))] = "|"

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import pickle
 import struct
 import sys
 import zipfile
@@ -500,3 +501,12 @@ def test_a_last_batch_of_one_joins_the_one_before():
     assert [len(piece) for piece in data.chunks(torch.arange(17), 8)] == [8, 9]
     assert [len(piece) for piece in data.chunks(torch.arange(18), 8)] == [8, 8, 2]
     assert [len(piece) for piece in data.chunks(torch.arange(3), 1)] == [1, 1, 1]
+
+
+def test_a_spawned_worker_gets_the_name_of_a_map_and_not_its_pixels(tmp_path):
+    root = save_folder(tmp_path / "d", ("",), count=30)
+    train = data.load(root, val_fraction=0.2, cache_dir=tmp_path / "c").splits["train"]
+    sent = pickle.dumps(train)
+    assert len(sent) < train.images.nbytes / 10
+    rows = torch.tensor([5, 0, 7]).numpy()
+    assert np.array_equal(pickle.loads(sent).images[rows], train.images[rows])

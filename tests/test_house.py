@@ -1,0 +1,99 @@
+"""The house rules: who imports whom, nothing unsafe is read, the README's commands and flags exist."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("train.py", "model.py", "data.py", "utils.py")
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def tree(name):
+    return ast.parse((ROOT / name).read_text("utf-8"))
+
+
+def top_imports(name):
+    for node in tree(name).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_leaves_need_torch_numpy_tqdm_and_the_standard_library_alone(name):
+    siblings = {"model", "data", "utils"} if name == "train.py" else set()
+    assert set(top_imports(name)) <= {"torch", "numpy", "tqdm", *siblings, *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_each_leaf_imports_alone(name, tmp_path):
+    (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    blocked = "import sys; sys.modules.update(PIL=None, matplotlib=None, tensorboard=None, wandb=None); "
+    command = [sys.executable, "-c", blocked + f"import {name[:-3]}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_that_holds_code_is_read_and_nothing_is_run_by_a_shell(name):
+    keywords = {"load": {"weights_only": True, "allow_pickle": False}}
+    keywords["load_state_dict_from_url"] = {"weights_only": True}
+    for node in ast.walk(tree(name)):
+        if not isinstance(node, ast.Call):
+            continue
+        called, owner = (
+            (node.func.attr, getattr(node.func.value, "id", ""))
+            if isinstance(node.func, ast.Attribute)
+            else (getattr(node.func, "id", ""), "")
+        )
+        given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        assert called not in ("eval", "exec", "system", "popen") or owner in ("model", ""), ast.unparse(node)
+        assert not given.get("shell")
+        if (called == "load" and owner in ("torch", "np")) or called == "load_state_dict_from_url":
+            wanted = keywords[called]
+            assert any(given.get(k) is v for k, v in wanted.items()), ast.unparse(node)
+
+
+def test_every_flag_in_the_readme_exists_and_every_command_parses():
+    known = {option for action in train.build_parser()._actions for option in action.option_strings}
+    flags = set(re.findall(r"(?<![\w-])--[a-z_]+", README)) - {"--index-url", "--upgrade"}
+    assert flags <= known, flags - known
+    commands = [c.split("#")[0].strip() for c in re.findall(r"python train\.py[^\n`|]*", README)]
+    assert len(commands) >= 6
+    for command in commands:
+        words = [word for word in command.split()[2:] if word != "&&"]
+        train.parse_flags([w.replace("NAME", "x").replace("PRESET", "cpu") for w in words])
+
+
+def test_the_readmes_main_command_trains(tmp_path):
+    """The main job as the README writes it, cut short by two flags."""
+    main = re.search(r"pip install -r requirements.txt && python (train\.py [^\n]*)", README)[1]
+    assert main == "train.py --model efficientnet_b0 --accumulation_steps 2 --clip_grad_norm 1.0"
+    command = [sys.executable, str(ROOT / "train.py"), *main.split()[1:], "--max_samples", "64", "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.isascii() and "Traceback" not in done.stderr
+    evaluate = re.search(r"python train\.py (--evaluate \S+)", done.stdout)[1]
+    command = [sys.executable, str(ROOT / "train.py"), *evaluate.split()]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0 and re.search(r"accuracy [\d.]+%", found.stdout), found.stderr[-2000:]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_a_recipe_of_the_readme_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(block, "README.md", "exec"), {"__name__": "recipe"})
+
+
+def test_the_readme_maps_every_file():
+    for name in (*FILES, "configs.json", "tests/"):
+        assert f"`{name}`" in README
