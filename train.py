@@ -173,7 +173,7 @@ def build_parser():
 
     add = parser.add_argument_group("other modes").add_argument
     add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
-    add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split (val where there is none)")
+    add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
     add("--output", type=str, metavar="FILE", help="write what --find_lr (.csv) or --evaluate (.json) found")
     return parser
 

@@ -26,8 +26,11 @@ FORMAT_VERSION = 1
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-def write_atomic(path, content):
-    """Replace the file at `path` by `content` (bytes), so that either the old or the new one is whole."""
+def write_atomic(path, content, previous=None):
+    """Replace the file at `path` by `content` (bytes), so that either the old or the new one is whole.
+
+    The old one becomes `previous` where a name is given, once the new one is on the disk.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -35,6 +38,8 @@ def write_atomic(path, content):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, path.with_name(previous))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,9 +64,7 @@ def save_checkpoint(path, checkpoint):
                 raise ValueError(f"{path}: {part} {name} is not finite; nothing was written")
     buffer = io.BytesIO()
     torch.save({**checkpoint, "format_version": FORMAT_VERSION}, buffer)
-    if path.name == "last.pt" and path.exists():
-        os.replace(path, path.with_name("previous.pt"))
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), "previous.pt" if path.name == "last.pt" else None)
 
 
 def load_checkpoint(path):
