@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import math
 import os
+import signal
 import struct
 import warnings
 import zipfile
@@ -31,7 +32,6 @@ MAX_ARRAY_BYTES = 8 * 2**30  # a file of a few kB can declare any size: refuse b
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, as an error in place of its warning
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"}
-DECODE_ERRORS = (OSError, SyntaxError, struct.error, EOFError, IndexError)  # what Pillow raises on damaged files
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -228,8 +228,8 @@ def idx_files(folder):
     """{split: (images file, labels file)} by the names of MNIST and its kin, gzipped or not."""
     found = {}
     for prefix, split in (("train", "train"), ("t10k", "test"), ("test", "test")):
-        images = sorted(folder.glob(f"{prefix}-images?idx3-ubyte*"))
-        labels = sorted(folder.glob(f"{prefix}-labels?idx1-ubyte*"))
+        images = sorted(p for p in folder.glob(f"{prefix}-images?idx3-ubyte*") if p.is_file())
+        labels = sorted(p for p in folder.glob(f"{prefix}-labels?idx1-ubyte*") if p.is_file())
         if images and labels:
             found[split] = (images[0], labels[0])
         elif images or labels:
@@ -334,12 +334,14 @@ def match_size(data, chunk=512):
 def scan_folder(root):
     """({split: [(path, label)]}, class names) of a folder of class folders, in the order of their names.
 
-    With train, val (valid, validation) or test above them where all sub-folders are such; links that
-    lead out of `root` are refused.
+    With train, val (valid, validation) or test above them where those hold folders; links that lead
+    out of `root` are refused.
     """
-    folders = lambda path: sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    def folders(path):
+        return sorted((p for p in path.iterdir() if p.is_dir() and p.name[0] != "."), key=lambda p: p.name)
+
     top, real_root = folders(root), root.resolve()
-    named = {p: SPLIT_NAMES[p.name.lower()] for p in top if p.name.lower() in SPLIT_NAMES}
+    named = {p: SPLIT_NAMES[p.name.lower()] for p in top if p.name.lower() in SPLIT_NAMES and folders(p)}
     if named and not ("train" in named.values() and len(set(named.values())) == len(named)):
         raise ValueError(f"{root}: has {[p.name for p in named]}; needs one train beside them, and each split once")
     parts = {split: folder for folder, split in named.items()} or {"train": root}
@@ -351,7 +353,8 @@ def scan_folder(root):
             raise ValueError(f"{folder}: class folders differ from {parts['train']}'s in {odd[:5]}; they must agree")
         files[split] = []
         for label, name in enumerate(classes):
-            images = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            images = [p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
+            images.sort(key=lambda p: p.as_posix())  # the same order on every system
             images = [p for p in images if not p.name.startswith(".") and p.is_file()]
             if not images:
                 raise ValueError(f"{folder / name}: no image in this class folder; add some or remove it")
@@ -413,7 +416,7 @@ def open_image(path):
         raise ValueError(f"{path}: {one_line(error)}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a whole picture in {', '.join(IMAGE_FORMATS)}; convert or remove it") from None
-    except DECODE_ERRORS as error:
+    except Exception as error:  # on damaged files Pillow raises nearly anything: SyntaxError, struct.error, TypeError
         raise ValueError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove it") from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{path}: {image.width}x{image.height} is over {MAX_IMAGE_PIXELS:,} pixels; make it smaller")
@@ -443,7 +446,9 @@ def decode_image(path, size):
             if (width, height) != (size, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
             return np.asarray(image)
-    except DECODE_ERRORS as error:
+    except Exception as error:  # as above, while the pixels are read
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove it") from None
 
 
@@ -455,7 +460,7 @@ def decode_cached(paths, root, size, cache_dir):
     """
     entries = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     key = hashlib.sha256(repr((entries, size, "centre square, bicubic, 1")).encode()).hexdigest()[:16]
-    family = hashlib.sha256(repr((str(root.resolve()), size)).encode()).hexdigest()[:8]
+    family = hashlib.sha256(repr((str(root.resolve()), size, len(paths))).encode()).hexdigest()[:8]
     target = cache_dir / f"{family}-{key}.npy"
     if not target.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -469,9 +474,10 @@ def decode_cached(paths, root, size, cache_dir):
                         images[i] = image
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
+                    del images  # Windows removes no file that is mapped
                     raise
             images.flush()
-            del images  # Windows renames no file that is mapped
+            del images
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -661,6 +667,11 @@ def chunks(order, batch_size):
     return pieces
 
 
+def ignore_interrupt(worker):
+    """Ctrl-C reaches every process of the terminal: the main one finishes its step, so workers go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Gather(torch.utils.data.Dataset):
     """For DataLoader: a list of indices in, their images and labels out, gathered at once."""
 
@@ -691,11 +702,16 @@ def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
 
         return fetch
 
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    mapped = split.images
+    while isinstance(mapped, Rows):
+        mapped = mapped.array
+    if workers is None:  # a spawned worker would be sent a copy of what is in memory
+        workers = min(4, os.cpu_count() or 1) if isinstance(mapped, np.memmap) else 0
     pieces = []  # refilled for each order, so that workers persist over epochs
     loader = DataLoader(
         Gather(split), sampler=pieces, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
+        worker_init_fn=ignore_interrupt if workers else None,
     )  # fmt: skip
 
     def fetch(order, start=0):

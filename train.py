@@ -58,7 +58,8 @@ def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, 
             return text
         try:
             value = kind(text)
-        except ValueError:
+            float(value)
+        except (ValueError, OverflowError):
             value = math.nan
         inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
         if not (math.isfinite(value) and inside):
@@ -108,7 +109,7 @@ def fail(message):
 
 def build_parser():
     parser = Parser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
     positive, share = number(int, 1), number(float, 0, 1, open_high=True)
     at_least_0, rate = number(float, 0), number(float, 0, open_low=True)
@@ -138,7 +139,7 @@ def build_parser():
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd has Nesterov momentum")
     add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak rate; else 0.003 adamw, 0.1 sgd")
     add("--weight_decay", type=at_least_0, default=0.01, help="on matrices and filters alone")
-    add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1")
+    add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it")
     add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
 
@@ -156,7 +157,8 @@ def build_parser():
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=str, default="auto", help="auto, cuda, cuda:N, mps or cpu")
-    add("--amp", choices=["auto", "True", "False", "fp16", "bf16"], default="auto", help="mixed precision")
+    precisions = ["auto", "True", "False", "fp16", "bf16"]
+    add("--amp", choices=precisions, nargs="?", const="True", default="auto", help="mixed precision")
     add("--channels_last", type=boolean, nargs="?", const=True, default=True, help="memory format of the model")
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="torch.compile, where it works")
 
@@ -184,6 +186,8 @@ def parse_flags(argv):
     defaults = vars(parser.parse_args([]))
     actions = {action.dest: action for action in parser._actions if action.dest in defaults}
     for action in actions.values():
+        if action.help and action.default not in (None, argparse.SUPPRESS, False, ""):
+            action.help += f" (default: {action.default})"
         action.default = argparse.SUPPRESS  # so that a flag that equals its default still counts as given
     argv = [re.sub(r"^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
     flags, unknown = parser.parse_known_args(argv)
@@ -308,7 +312,7 @@ class TrainState:
         for name in self.PLAIN:
             setattr(self, name, saved[name])
         device = next(self.model.parameters()).device
-        self.sums = None if self.sums is None else self.sums.to(device)
+        self.sums = None if self.sums is None else self.sums.to(device, sum_dtype(device))
         if self.ema is not None:
             for name, tensor in saved["ema"].items():
                 self.ema[name].copy_(tensor)
@@ -439,7 +443,7 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
         scaler.scale(loss / items).backward()
         with torch.no_grad():
             batch = [loss, *(metric(outputs, targets) for metric in task.metrics.values())]
-            sums = sums + torch.stack([value.double() for value in batch])
+            sums = sums + torch.stack([value.to(sum_dtype(images.device)) for value in batch])
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -458,6 +462,11 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
     state.bad_steps += not good
     state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
     return torch.cat([sums, sums.new_tensor([items])]), norm, good
+
+
+def sum_dtype(device):
+    """What losses are summed in: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def means(sums, task):
@@ -481,7 +490,7 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None):
             outputs = model(inputs) if weights is None else functional_call(model, weights, (inputs,))
             batch = [task.loss(outputs, targets), *(metric(outputs, targets) for metric in task.metrics.values())]
             batch.append(torch.as_tensor(task.items(targets), device=images.device))
-        sums = sums + torch.stack([value.double() for value in batch])
+        sums = sums + torch.stack([value.to(sum_dtype(images.device)) for value in batch])
     model.train(training)
     return means(sums, task)
 
@@ -535,7 +544,7 @@ def fit(state, run, stop=()):
         order = data.epoch_order(count, config["seed"], epoch)
         start = state.epoch_step * config["accumulation_steps"]
         if state.sums is None:
-            state.sums = torch.zeros(2 + len(task.metrics), dtype=torch.float64, device=run.device)
+            state.sums = torch.zeros(2 + len(task.metrics), dtype=sum_dtype(run.device), device=run.device)
         began, shown_at = time.perf_counter() - state.seconds, 0.0
         bar = tqdm(
             total=count, initial=min(count, start * config["batch_size"]), unit="img", leave=False, dynamic_ncols=True,
@@ -586,6 +595,8 @@ def fit(state, run, stop=()):
         state.history.append(row)
         # a NaN is never a gain: comparisons with it are False
         since = epochs_since_best([r[monitor] for r in state.history], higher)
+        if since == len(state.history):
+            raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a lower --lr")
         patience_gone = config["early_stopping"] and config["early_stopping"] <= epochs_since_best(
             [r[monitor] for r in state.history], higher, config["min_delta"]
         )
@@ -661,12 +672,17 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
     rates, losses, average = [], [], 0.0
     try:
         state.model.train()
-        for i in range(steps):
-            rate = min_lr * (max_lr / min_lr) ** (i / (steps - 1))
+        for _ in range(steps + MAX_BAD_STEPS):
+            if len(rates) == steps:
+                break
+            rate = min_lr * (max_lr / min_lr) ** (len(rates) / (steps - 1))
             set_rates(state.optimizer, rate)
             sums, _, good = step(state, next_window())
-            average = smoothing * average + (1 - smoothing) * (sums[0] / sums[-1]).item()
-            smoothed = average / (1 - smoothing ** (i + 1))
+            loss = (sums[0] / sums[-1]).item()
+            if not good and math.isfinite(loss) and state.scaler.is_enabled():
+                continue  # an fp16 overflow, which halves the scale: the same rate again
+            average = smoothing * average + (1 - smoothing) * loss
+            smoothed = average / (1 - smoothing ** (len(rates) + 1))
             if not good or not math.isfinite(smoothed) or (losses and smoothed > divergence * min(losses)):
                 break
             rates.append(rate)
@@ -749,10 +765,15 @@ class Run:
     log: Callable = print
 
 
-def prepare_run(config):
-    """(state, run, lines that say what is about to happen); ValueError or OSError for bad input."""
+def prepare_run(config, fresh=True):
+    """(state, run, lines that say what is about to happen); ValueError or OSError for bad input.
+
+    Pretrained weights are read where `fresh`; a resumed run has its own.
+    """
     config = dict(config)
     device = utils.pick_device(config["device"])
+    memory_format = pick_memory_format(config["channels_last"], device)
+    torch.backends.cudnn.deterministic = True  # a resumed run is bitwise the one that was not stopped
     dtype, reason = utils.pick_precision(config["amp"], device, config["model"] == "custom")
     source = load_data(config)
     config["image_size"], channels = source.image_size, source.splits["train"].images.shape[-1]
@@ -770,12 +791,12 @@ def prepare_run(config):
     torch.manual_seed(config["seed"])
     arguments = {"stem_stride": models.stem_stride_for(source.image_size)} if config["model"] == "custom" else {}
     model = models.build_model(config["model"], len(source.classes), channels, **arguments)
-    if config["pretrained"]:
+    if config["pretrained"] and fresh:
         try:
             models.load_backbone(model, pretrained_weights(config))
         except ValueError as error:
             raise ValueError(f"--pretrained {config['pretrained']}: {error}") from None
-    model.to(device, memory_format=torch.channels_last if config["channels_last"] else torch.contiguous_format)
+    model.to(device, memory_format=memory_format)
 
     if config["lr"] is None:
         config["lr"] = 0.1 if config["optimizer"] == "sgd" else 0.003
@@ -806,13 +827,15 @@ def prepare_run(config):
         fetch_val=data.batches(val, 2 * config["batch_size"], device, budget, config["workers"]) if val else None,
         augment=lambda images, index, epoch: data.augment(
             images, index, config["seed"], epoch, source.image_size, mean, std, padding, flip,
-            config["min_crop_area"], config["cutout"]),
-        prepare=lambda images: data.centre(images, source.image_size, mean, std),
+            config["min_crop_area"], config["cutout"]).contiguous(memory_format=memory_format),
+        prepare=lambda images: data.centre(images, source.image_size, mean, std).contiguous(
+            memory_format=memory_format),
         schedule=lambda step, cuts: SCHEDULES[config["scheduler"]](config, step, total_steps, warmup_steps, cuts),
         meta={
             "model": config["model"], "num_classes": len(source.classes), "in_channels": channels,
             "arguments": arguments, "classes": source.classes, "image_size": source.image_size,
             "mean": list(mean), "std": list(std),
+            "fingerprint": [*source.mean, *source.std, len(train), len(val or ())],
             "source": {name: config[name] for name in ("data", "val_fraction", "max_samples", "seed")},
         },
     )  # fmt: skip
@@ -836,6 +859,11 @@ def prepare_run(config):
     return state, run, lines
 
 
+def pick_memory_format(channels_last, device):
+    """channels_last where asked; not on MPS, where its backward is wrong (pytorch #175189, #175190)."""
+    return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
+
+
 def load_data(config):
     """The `Data` of the flags; a missing class or file ends as ValueError or OSError."""
     keys = ("image_size", "val_fraction", "max_samples", "seed", "cache_dir")
@@ -845,7 +873,7 @@ def load_data(config):
 def pretrained_weights(config):
     """The state dict of --pretrained: a file, or the official one through torch's hub cache and hash check."""
     if config["pretrained"] != "official":
-        found = utils.load_checkpoint(config["pretrained"])
+        found = utils.load_checkpoint(config["pretrained"], legacy=True)
         return found.get("model", found)
     if config["model"] != "efficientnet_b0":
         raise ValueError("only efficientnet_b0 has official weights; give a file")
@@ -876,8 +904,7 @@ def compile_forward(state, run):
     """Mutates `state.forward`: the compiled model if one pass through it works; a note for the log."""
     size, channels = run.meta["image_size"], run.meta["in_channels"]
     images = torch.zeros(run.config["batch_size"], channels, size, size, device=run.device)
-    if run.config["channels_last"]:
-        images = images.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=pick_memory_format(run.config["channels_last"], run.device))
     held = [buffer.clone() for buffer in state.model.buffers()]
     forward = torch.compile(state.model)
     try:
@@ -903,7 +930,8 @@ def find_run(name):
     starts = {}
     for path in RUNS.glob("*/config.json"):
         if any((path.parent / last).exists() for last in ("last.pt", "previous.pt")):
-            starts[read_run_config(path)["environment"]["started"], path.parent.name] = path.parent
+            with contextlib.suppress(ValueError):  # a damaged one is not the one that is meant
+                starts[read_run_config(path)["environment"]["started"], path.parent.name] = path.parent
     if not starts:
         raise ValueError(f"--resume: no run with a checkpoint in {RUNS.resolve()}; start one without --resume")
     return starts[max(starts)]
@@ -934,13 +962,14 @@ def resumed_config(folder, config, given):
 
 def main(argv=None):
     config, given = parse_flags(sys.argv[1:] if argv is None else argv)
+    saved = None
     try:
+        check_output(config)
         if config["evaluate"]:
             results = [run_evaluate(path, config, given) for path in config["evaluate"]]
             if config["output"]:
                 utils.write_json(config["output"], results[0] if len(results) == 1 else results)
             return 0
-        saved = None
         if config["resume"] is not None:
             folder = find_run(config["resume"] or config["run_name"])
             config = resumed_config(folder, config, given)
@@ -950,52 +979,65 @@ def main(argv=None):
         else:
             name = config["run_name"] or f"{config['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder = RUNS / name
-            if folder.exists():
+            if folder.exists() and not config["find_lr"]:
                 raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
         utils.trackers_available(config["tensorboard"], config["wandb"])
-        state, run, lines = prepare_run(config)
-        run.config["run_name"] = folder.name
+        state, run, lines = prepare_run(config, fresh=saved is None)
         if saved is not None:
             check_same_run(saved, run)
             state.load(saved)
-        if not config["find_lr"]:
-            folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-
-    run.folder, run.log = folder, utils.logger(None if config["find_lr"] else folder / "log.txt")
-    for line in lines:
-        run.log(line)
-    if config["find_lr"]:
-        return report_find_lr(state, run, config["output"])
-    verb = f"resumed at step {state.step}" if saved else f"{config['scheduler']}, seed {config['seed']}"
-    run.log(f"run        {folder} | {verb}")
-    try:
+        run.config["run_name"], run.folder = folder.name, folder
+        verb = f"resumed at step {state.step}" if saved else f"{config['scheduler']}, seed {config['seed']}"
+        lines += [] if config["find_lr"] else [f"run        {folder} | {verb}"]
+        run.log = utils.logger()
+        for line in lines:
+            run.log(line)
+        if config["find_lr"]:
+            return report_find_lr(state, run, config["output"])
         if run.config["lr"] == "auto":
             run.config["lr"] = sweep(state, run)[2]["valley"]
+            lines.append(f"find_lr    --lr {run.config['lr']:.2e}")
+        folder.mkdir(parents=True, exist_ok=saved is not None)  # of two that start at once, one stops here
         if saved is None:
             stored = {key: value for key, value in run.config.items() if key not in MODES}
             utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+    run.log = utils.logger(folder / "log.txt", lines)
+    try:
         with catch_signals() as stop:
             return fit(state, run, stop)
-    except (FloatingPointError, OSError) as error:  # a run that diverged; a disk that is full
-        run.log(f"error: {error}")
-        return 1
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        run.log(f"error: {utils.one_line(error)}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        run.log(f"error: {utils.one_line(error)}; go on with: python train.py --resume {folder.name} --workers 0")
+    return 1
+
+
+def check_output(config):
+    """ValueError unless --output can be written, in the form that its mode writes."""
+    if config["output"] is None:
+        return
+    if not (config["find_lr"] or config["evaluate"]):
+        raise ValueError("--output: only --find_lr and --evaluate write one; add one of them")
+    path, suffix = Path(config["output"]), ".csv" if config["find_lr"] else ".json"
+    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--output {path}: must be a {suffix} file in a folder that exists")
 
 
 def check_same_run(saved, run):
     """ValueError where the data of a resumed run is not what it was."""
-    for key in ("classes", "image_size", "in_channels", "mean", "std"):
+    for key in ("classes", "image_size", "in_channels", "fingerprint"):
         if saved["meta"][key] != run.meta[key]:
             raise ValueError(f"--resume: the data changed, {key} was {shown(saved['meta'][key])}; start a new run")
 
 
 def report_find_lr(state, run, output):
     """Sweep, then write the curve: CSV at `output` (or under runs/), and a PNG beside it with matplotlib."""
-    try:
-        rates, losses, found = sweep(state, run)
-    except ValueError as error:
-        fail(str(error))
+    rates, losses, found = sweep(state, run)
     path = Path(output) if output else RUNS / f"{run.folder.name}-find_lr.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -1013,7 +1055,8 @@ def run_evaluate(path, config, given):
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
     meta = found["meta"]
     stored = {**meta["source"], "image_size": meta["image_size"]}
-    source = load_data({**config, **stored, **{key: given[key] for key in given if key in meta["source"]}})
+    # another --data is looked at as it is; another seed or fraction would score images that were trained on
+    source = load_data({**config, **stored, **({"data": given["data"]} if "data" in given else {})})
     if source.classes != meta["classes"]:
         raise ValueError(f"--data: its classes {source.classes[:5]} are not the checkpoint's {meta['classes'][:5]}")
     name = next(split for split in ("test", "val", "train") if split in source.splits)
@@ -1024,9 +1067,15 @@ def run_evaluate(path, config, given):
     model = models.build_model(meta["model"], meta["num_classes"], meta["in_channels"], **meta["arguments"])
     models.check_state_dict(model.state_dict(), found["model"])
     model.load_state_dict(found["model"])
-    model.to(device, memory_format=torch.channels_last if config["channels_last"] else torch.contiguous_format)
+    memory_format = pick_memory_format(config["channels_last"], device)
+    model.to(device, memory_format=memory_format)
     batches = data.batches(split, 2 * config["batch_size"], device, utils.free_bytes(device) // 4, config["workers"])
-    prepare = lambda images: data.centre(images, meta["image_size"], meta["mean"], meta["std"])
+
+
+    def prepare(images):
+        x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
+        return x.contiguous(memory_format=memory_format)
+
     result = evaluate(model, batches(torch.arange(len(split))), image_task(), prepare, dtype)
     numbers = f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}"
     print(f"{path} on {len(split):,} {name} images: {numbers}")

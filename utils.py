@@ -67,20 +67,21 @@ def save_checkpoint(path, checkpoint):
     write_atomic(path, buffer.getvalue(), "previous.pt" if path.name == "last.pt" else None)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, legacy=False):
     """The checkpoint at `path`, on the CPU; ValueError in one line where it is none, damaged or too new.
 
     The archive's checksums are verified first: torch.load does not look at them, and of 400 flipped
-    bits it read 369 without a word.
+    bits it read 369 without a word. `legacy` admits what torch before 1.6 wrote, which has no archive.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; give a .pt file of a run")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{path}: damaged at {damaged}; use another checkpoint of the run")
+        if not (legacy and not zipfile.is_zipfile(path)):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{path}: damaged at {damaged}; use another checkpoint of the run")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
@@ -105,6 +106,8 @@ def load_newest(folder, log=print):
             try:
                 found.append(load_checkpoint(path))
             except ValueError as error:
+                if "this kit reads up to" in str(error):
+                    raise  # whole, and another version's
                 os.replace(path, path.with_suffix(".damaged"))
                 log(f"warning: {error}; set aside as {path.with_suffix('.damaged').name}")
     if not found:
@@ -135,8 +138,14 @@ def environment():
     }  # fmt: skip
 
 
-def logger(path=None):
-    """A function log(line): to the terminal, above any bar, and to the file at `path` where given."""
+def logger(path=None, past=()):
+    """A function log(line): to the terminal, above any bar, and to the file at `path` where given.
+
+    `past` holds lines that the terminal has had and the file has not.
+    """
+    if past:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in past)
 
     def log(line):
         tqdm.write(line, file=sys.stdout)
@@ -186,7 +195,11 @@ def trackers(folder, config, tensorboard=False, wandb=False):
     if wandb:
         import wandb as client
 
-        run = client.init(dir=str(folder), name=Path(folder).name, id=Path(folder).name, resume="allow", config=config)
+        name = Path(folder).name
+        try:
+            run = client.init(dir=str(folder), name=name, id=name, resume="allow", config=config)
+        except client.Error as error:
+            raise OSError(f"--wandb: {one_line(error)}; log in, or set WANDB_MODE=offline") from None
         tracks.append(lambda step, numbers: run.log(numbers, step=step))
     return tracks
 
@@ -237,9 +250,10 @@ def pick_device(name="auto"):
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     kind = name.split(":")[0]
-    if not there.get(kind, False) or (kind == "cuda" and name != "cuda" and not name[5:].isdigit()):
+    number = name[len(kind) :]
+    if not there.get(kind, False) or (number and not (kind == "cuda" and number[1:].isdigit())):
         raise ValueError(f"--device {name}: not on this machine; it has {[k for k, ok in there.items() if ok]}")
-    if kind == "cuda" and name != "cuda" and int(name[5:]) >= torch.cuda.device_count():
+    if number and int(number[1:]) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device(name)
 

@@ -91,6 +91,19 @@ def cifar_rows(count, label_bytes, classes, seed=0):
     return rows
 
 
+def test_a_folder_by_the_name_of_an_idx_file_is_not_it(tmp_path):
+    images, labels = np.zeros((8, 28, 28), np.uint8), np.arange(8, dtype=np.uint8) % 2
+    for name, array in (("images.idx3", images), ("labels.idx1", labels)):
+        write_idx(tmp_path / f"train-{name}-ubyte", array)
+        (tmp_path / f"train-{name.replace('.', '-')}-ubyte").mkdir()
+    assert len(data.load(tmp_path, val_fraction=0).splits["train"]) == 8
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    root = save_folder(tmp_path / "d", ("",), ("bus", "train"))
+    assert data.load(root, val_fraction=0, cache_dir=tmp_path / "c").classes == ["bus", "train"]
+
+
 def test_cifar_binary_reads_pixels_labels_and_names(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()

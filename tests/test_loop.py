@@ -250,6 +250,15 @@ def test_find_lr_restores_after_an_error_and_stops_at_a_nan():
     assert_same(before, state.to_checkpoint())
 
 
+def test_find_lr_goes_on_after_an_fp16_overflow():
+    """At a scale of 2^127 the first gradients overflow; the sweep halves it and keeps every rate."""
+    state = make_state(torch.float32, fp16=True)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1)
+    window = make_window([8], torch.float32)
+    rates, _, _ = train.find_lr(state, lambda: window, step)
+    assert rates[0] == pytest.approx(1e-6) and len(rates) > 50
+
+
 def test_suggestions_on_a_curve_with_known_answers():
     """Flat, a straight descent over log rate from 1e-4 to 1e-1, then a rise: the rules' places follow by hand."""
     rates = [10 ** (-6 + 7 * i / 99) for i in range(100)]

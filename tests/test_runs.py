@@ -480,6 +480,12 @@ BAD_FLAGS = {
     "--image_size 28": "needs 32 px",
     "--crop_padding 64": "--crop_padding 64",
     "extra": "'extra' is no flag",
+    "--device cpu:x": "--device cpu:x",
+    "--epochs " + "9" * 400: "--epochs: must be",
+    "--find_lr --output nowhere/a.csv": "must be a .csv file in a folder that exists",
+    "--find_lr --output a.png": "must be a .csv file",
+    "--evaluate a.pt --output a.csv": "must be a .json file",
+    "--output a.json": "only --find_lr and --evaluate write one",
 }
 
 
@@ -602,6 +608,42 @@ def test_a_bad_checkpoint_is_one_line_and_status_2(kind, message, capsys):
         train.main(["--evaluate", "a.pt"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_sweep_that_diverges_leaves_no_folder(monkeypatch, capsys):
+    def diverging(*arguments, **keywords):
+        raise ValueError("--find_lr: the loss diverged")
+
+    monkeypatch.setattr(train, "find_lr", diverging)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(f"{TINY} --run_name run --lr auto".split())
+    assert stopped.value.code == 2 and "diverged" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_a_metric_that_was_never_finite_ends_the_run_clearly(monkeypatch, capsys):
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: {name: float("nan") for name in evaluate(*a, **k)})
+    assert train.main(f"{TINY} --run_name run".split()) == 1
+    assert "val_accuracy was never finite" in capsys.readouterr().out
+
+
+def test_evaluation_without_a_test_split_keeps_to_the_runs_own_validation_images(capsys):
+    images = np.random.RandomState(0).randint(0, 256, (60, 24, 24, 3)).astype(np.uint8)
+    np.savez("a.npz", x=images, y=np.arange(60) % 4)
+    _, rows, _ = run("--data a.npz --seed 3 --val_fraction 0.2")
+    train.main("--evaluate runs/run/last.pt --seed 5 --val_fraction 0.5 --amp False --output a.json".split())
+    found = json.loads(Path("a.json").read_text())
+    assert found["split"] == "val" and found["samples"] == 12
+    assert found["loss"] == pytest.approx(float(rows[-1]["val_loss"]), rel=1e-4)
+
+
+def test_a_full_disk_ends_the_run_in_one_line(monkeypatch, capsys):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils, "save_checkpoint", full)
+    assert train.main(f"{TINY} --run_name run".split()) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().out
 
 
 def test_a_missing_tracker_names_its_package(monkeypatch, capsys):
