@@ -71,6 +71,8 @@ def load(source, image_size=0, val_fraction=0.1, max_samples=0, seed=0, cache_di
     set aside from the training split, stratified, by `seed`; `max_samples` (0: all) bounds each
     split, stratified too. Raises ValueError or OSError, in one line, for whatever is wrong with it.
     """
+    if source == "":
+        raise ValueError("--data '': is empty; give a folder or a file, or leave the flag out for built-in images")
     path = None if source is None else Path(source).expanduser()
     if path is None:
         data = built_in(image_size or 64)
@@ -382,7 +384,8 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
         files[name] = [rows[i] for i in stratified([label for _, label in rows], max_samples, seed)]
     every = [path for rows in files.values() for path, _ in rows]
     probe = every[:: max(1, len(every) // 64)]
-    typical = int(np.median([min(image_shape(path)) for path in probe]))  # shorter side, px
+    sides = [side for side in map(shorter_side, probe) if side]
+    typical = int(np.median(sides)) if sides else 64
     if not image_size:
         # small pictures as they are, photographs up to 224 px: the largest multiple of 32 that leaves a margin
         image_size = max(24, typical) if typical <= 72 else min(224, typical * 7 // 8 // 32 * 32)
@@ -423,9 +426,13 @@ def open_image(path):
     return image
 
 
-def image_shape(path):
-    with open_image(path) as image:
-        return image.size
+def shorter_side(path):
+    """In px; 0 where the file is no picture, which decoding will say, all of them at once."""
+    try:
+        with open_image(path) as image:
+            return min(image.size)
+    except ValueError:
+        return 0
 
 
 def decode_image(path, size):
@@ -452,6 +459,14 @@ def decode_image(path, size):
         raise ValueError(f"{path}: cannot be decoded ({one_line(error)}); replace or remove it") from None
 
 
+def decode_or_error(path, size):
+    """As `decode_image`, but the ValueError is given back, so that all broken pictures are named at once."""
+    try:
+        return decode_image(path, size)
+    except ValueError as error:
+        return error
+
+
 def decode_cached(paths, root, size, cache_dir):
     """Memory map uint8 [len(paths), size, size, 3] of the decoded pictures, made anew when they changed.
 
@@ -469,9 +484,15 @@ def decode_cached(paths, root, size, cache_dir):
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
                 images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), size, size, 3))
                 try:
-                    decoded = pool.map(lambda path: decode_image(path, size), paths)
+                    decoded, broken = pool.map(lambda path: decode_or_error(path, size), paths), []
                     for i, image in enumerate(tqdm(decoded, "decode", len(paths), unit="img", mininterval=0.5)):
-                        images[i] = image
+                        if isinstance(image, ValueError):
+                            broken.append(image)
+                        else:
+                            images[i] = image
+                    if broken:
+                        names = ", ".join(str(error).split(":")[0] for error in broken[1:6])
+                        raise ValueError(f"{broken[0]}" + f"; {len(broken) - 1} more: {names}" * (len(broken) > 1))
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     del images  # Windows removes no file that is mapped

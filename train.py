@@ -709,7 +709,7 @@ def suggest_lr(rates, losses):
     end = max(range(len(losses)), key=lambda i: longest[i][0])
     begin = longest[end][1]
     return {
-        "steepest": rates[int(slopes.argmin())],
+        "steepest": rates[int(slopes[: losses.index(min(losses)) + 1].argmin())],  # not a dip of the blow-up
         "valley": rates[begin + round((end - begin) * 2 / 3)],
         "minimum/10": rates[losses.index(min(losses))] / 10,
     }
@@ -818,6 +818,8 @@ def prepare_run(config, fresh=True):
     padding = config["crop_padding"]
     if padding >= source.image_size:
         raise ValueError(f"--crop_padding {padding}: must be below the image size, {source.image_size}")
+    if config["cutout"] >= source.image_size:
+        raise ValueError(f"--cutout {config['cutout']}: must be below the image size, {source.image_size}")
     flip = channels >= 3 if config["flip"] is None else config["flip"]
     config["flip"] = flip
     budget = utils.free_bytes(device) // 4
@@ -836,7 +838,10 @@ def prepare_run(config, fresh=True):
             "arguments": arguments, "classes": source.classes, "image_size": source.image_size,
             "mean": list(mean), "std": list(std),
             "fingerprint": [*source.mean, *source.std, len(train), len(val or ())],
-            "source": {name: config[name] for name in ("data", "val_fraction", "max_samples", "seed")},
+            "source": {
+                "data": config["data"] and str(Path(config["data"]).expanduser().resolve()),
+                **{name: config[name] for name in ("val_fraction", "max_samples", "seed")},
+            },
         },
     )  # fmt: skip
     note = compile_forward(state, run) if config["compile"] else ""
@@ -920,21 +925,22 @@ def compile_forward(state, run):
 
 
 def find_run(name):
-    """The folder of the run to resume: runs/NAME, or that of the latest start where no name is given."""
+    """The folder of the run to resume: NAME or runs/NAME; without a name the unfinished one started last."""
     if name:
-        folder = RUNS / Path(name).name
+        folder = Path(name) if (Path(name) / "config.json").is_file() else RUNS / name
         if not (folder / "config.json").is_file():
-            there = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
-            raise ValueError(f"--resume {shown(name)}: no such run; there are {', '.join(there[-5:]) or 'none'}")
+            there = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/config.json"))[-5:]) or "none"
+            raise ValueError(f"--resume {shown(name)}: no such run; in {RUNS.resolve()} there are {there}")
         return folder
     starts = {}
     for path in RUNS.glob("*/config.json"):
         if any((path.parent / last).exists() for last in ("last.pt", "previous.pt")):
             with contextlib.suppress(ValueError):  # a damaged one is not the one that is meant
                 starts[read_run_config(path)["environment"]["started"], path.parent.name] = path.parent
-    if not starts:
-        raise ValueError(f"--resume: no run with a checkpoint in {RUNS.resolve()}; start one without --resume")
-    return starts[max(starts)]
+    for start in sorted(starts, reverse=True):
+        if not utils.load_newest(starts[start])["finished"]:
+            return starts[start]
+    raise ValueError(f"--resume: no unfinished run with a checkpoint in {RUNS.resolve()}; start one without --resume")
 
 
 def read_run_config(path):
@@ -966,6 +972,9 @@ def main(argv=None):
     try:
         check_output(config)
         if config["evaluate"]:
+            read = "evaluate output data cache_dir batch_size workers device amp channels_last".split()
+            if other := [key for key in given if key not in read]:
+                raise ValueError(f"--{other[0]}: --evaluate takes it from the checkpoint; leave it out")
             results = [run_evaluate(path, config, given) for path in config["evaluate"]]
             if config["output"]:
                 utils.write_json(config["output"], results[0] if len(results) == 1 else results)
@@ -1059,7 +1068,9 @@ def run_evaluate(path, config, given):
     source = load_data({**config, **stored, **({"data": given["data"]} if "data" in given else {})})
     if source.classes != meta["classes"]:
         raise ValueError(f"--data: its classes {source.classes[:5]} are not the checkpoint's {meta['classes'][:5]}")
-    name = next(split for split in ("test", "val", "train") if split in source.splits)
+    name = next((split for split in ("test", "val") if split in source.splits), None)
+    if name is None:
+        raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
     split, device = source.splits[name], utils.pick_device(config["device"])
     if split.images.shape[-1] != meta["in_channels"]:
         raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")

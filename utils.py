@@ -270,7 +270,8 @@ def pick_precision(amp, device, prefers_bf16_on_amx):
     NaN); on a CPU with AMX bf16, where auto asks that the model gains by it; else float32.
     """
     if amp in ("fp16", "bf16"):
-        return (torch.float16 if amp == "fp16" else torch.bfloat16), "asked for"
+        slow = ", many times slower than float32 on a CPU" * (amp == "fp16" and device.type == "cpu")
+        return (torch.float16 if amp == "fp16" else torch.bfloat16), "asked for" + slow
     if amp == "False":
         return torch.float32, "asked for"
     if device.type == "cuda":

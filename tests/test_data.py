@@ -298,6 +298,11 @@ def bad_cases(tmp):
         changed(root / "ant" / "1.jpg", (root / "ant" / "1.jpg").read_bytes()[:400])
         return root
 
+    def two_broken():
+        root = truncated()
+        changed(root / "bee" / "2.jpg", b"hello")
+        return root
+
     def not_a_picture():
         root = folder(splits=("",))
         changed(root / "bee" / "1.jpg", b"hello")
@@ -373,6 +378,7 @@ def bad_cases(tmp):
         "cifar length": (lambda: cifar(cifar_rows(2, 1, 10).ravel()[:-5]), "no whole rows of 3073"),
         "cifar label": (lambda: cifar(labels_high), "row 3 has label 11"),
         "truncated": (truncated, "1.jpg: cannot be decoded"),
+        "two broken": (two_broken, "1 more: .*2.jpg"),
         "not a picture": (not_a_picture, "1.jpg: not a whole picture in JPEG"),
         "leading out": (leading_out, "a link that leads out"),
         "empty class": (empty_class, "cow: no image"),

@@ -436,9 +436,10 @@ def test_every_preset_parses_and_says_only_what_differs(name):
     assert not [key for key in given if key not in ("config", "model") and given[key] == defaults[key]]
 
 
-def test_device_and_run_name_and_resume_without_a_name():
-    run("--device cpu", "first")
-    assert train.find_run("").name == "first"
+def test_device_and_run_name_and_resume_without_a_name(monkeypatch):
+    run_stopped(monkeypatch, 1, "--device cpu", "first")
+    run("--device cpu", "second")
+    assert train.find_run("").name == "first" == train.find_run(str(Path("runs/first").resolve())).name
 
 
 # ------------------------------------------------------------------------------------ what is refused
@@ -471,7 +472,8 @@ BAD_FLAGS = {
     "--model resnet": "--model: invalid choice",
     "--compile perhaps": "--compile: must be True or False",
     "--resume nothing": "no such run",
-    "--resume": "no run with a checkpoint",
+    "--resume": "no unfinished run with a checkpoint",
+    "--cutout 64": "--cutout 64: must be below the image size, 64",
     "--config nothing": "is no preset; there are efficientnet_b0_4gb",
     "--data nowhere": "no such file or folder",
     "--evaluate nowhere.pt": "no such checkpoint",
@@ -485,6 +487,7 @@ BAD_FLAGS = {
     "--find_lr --output nowhere/a.csv": "must be a .csv file in a folder that exists",
     "--find_lr --output a.png": "must be a .csv file",
     "--evaluate a.pt --output a.csv": "must be a .json file",
+    "--data=": "is empty",
     "--output a.json": "only --find_lr and --evaluate write one",
 }
 
@@ -631,7 +634,11 @@ def test_evaluation_without_a_test_split_keeps_to_the_runs_own_validation_images
     images = np.random.RandomState(0).randint(0, 256, (60, 24, 24, 3)).astype(np.uint8)
     np.savez("a.npz", x=images, y=np.arange(60) % 4)
     _, rows, _ = run("--data a.npz --seed 3 --val_fraction 0.2")
-    train.main("--evaluate runs/run/last.pt --seed 5 --val_fraction 0.5 --amp False --output a.json".split())
+    for flag in ("--seed 5", "--val_fraction 0.5", "--max_samples 9", "--find_lr", "--resume run"):
+        with pytest.raises(SystemExit):  # another split would hold images that were trained on
+            train.main(f"--evaluate runs/run/last.pt {flag}".split())
+        assert "takes it from the checkpoint" in capsys.readouterr().err
+    train.main("--evaluate runs/run/last.pt --amp False --output a.json".split())
     found = json.loads(Path("a.json").read_text())
     assert found["split"] == "val" and found["samples"] == 12
     assert found["loss"] == pytest.approx(float(rows[-1]["val_loss"]), rel=1e-4)
