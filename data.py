@@ -378,8 +378,8 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     image_size * 8/7, from which training crops at random and evaluation crops the centre. The cache
     is keyed by names, sizes and times of the files and by the settings. Needs Pillow.
     """
-    import_pillow()
     files, classes = scan_folder(root)
+    import_pillow()
     for name, rows in files.items():
         files[name] = [rows[i] for i in stratified([label for _, label in rows], max_samples, seed)]
     every = [path for rows in files.values() for path, _ in rows]
