@@ -432,13 +432,14 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
     EMA. Returns (float64 [loss, metrics…, items] on the device, gradient norm, whether the step was good).
     """
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    forward = model if state.forward is None else state.forward
     buffers = list(model.buffers())
     held = [buffer.clone() for buffer in buffers]
     items = sum(task.items(targets) for _, targets, _ in window)
     sums = 0
     for images, targets, index in window:
         with autocast(images.device, dtype):
-            outputs = (state.forward or model)(augment(images, index))
+            outputs = forward(augment(images, index))
             loss = task.loss(outputs, targets)
         scaler.scale(loss / items).backward()
         with torch.no_grad():

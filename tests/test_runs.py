@@ -359,6 +359,14 @@ def test_compile_falls_back_to_eager_in_one_line(monkeypatch):
     monkeypatch.undo()
 
 
+def test_a_model_wrapped_by_torch_compile_trains_as_the_bare_one(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compile_(net, backend="eager"))  # traced, no C++ compiler
+    plain, wrapped = run("", "plain"), run("--compile", "wrapped")
+    assert ", compiled" in wrapped[2]
+    assert float(wrapped[1][0]["train_loss"]) == pytest.approx(float(plain[1][0]["train_loss"]), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_compile_trains_as_eager_does():
     eager, compiled = run("", "eager")[1], run("--compile", "compiled")
