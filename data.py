@@ -511,6 +511,421 @@ def decode_cached(paths, root, size, cache_dir):
     return np.load(target, mmap_mode="r", allow_pickle=False)
 
 
+# ------------------------------------------------------------------------------------------ Sudoku
+# Cells are numbered 0 to 80 in reading order, 0 is a blank. Solvers hold candidates as bit masks, uint16
+# [81, N] with bit d - 1 for digit d: the puzzles come last, so that each operation runs over all of them.
+
+LEVELS = ("easy", "medium", "hard")
+EASY_CLUES = 36  # easy: singles alone solve it and it has 36 clues or more; medium: singles alone; hard: not so
+ROW, COLUMN = np.divmod(np.arange(81), 9)
+UNIT_OF = np.stack([ROW, COLUMN, ROW // 3 * 3 + COLUMN // 3])  # [3, 81]: each cell's row, column and box
+UNITS = np.argsort(UNIT_OF, axis=1, kind="stable").reshape(3, 9, 9)  # [3, 9, 9]: each unit's cells
+BITS = np.array([511, *(1 << np.arange(9))], np.uint16)  # the mask of a blank and of each clue
+COUNT = np.array([bin(mask).count("1") for mask in range(512)], np.uint8)
+
+
+def sweep(masks):
+    """(masks after one round of naked and hidden singles, whether all is single, whether it is broken)."""
+    single = masks & (masks - np.uint16(1)) == 0
+    fixed = np.where(single, masks, np.uint16(0))
+    seen, hidden = np.zeros_like(masks), np.zeros_like(masks)
+    broken = (masks == 0).any(0)
+    for units, unit_of in zip(UNITS, UNIT_OF):
+        cells = masks[units]  # [9 units, 9 cells, N]
+        once, twice = cells[:, 0].copy(), np.zeros_like(cells[:, 0])
+        for j in range(1, 9):
+            twice |= once & cells[:, j]
+            once |= cells[:, j]
+        broken |= (once != 511).any(0)
+        seen |= np.bitwise_or.reduce(fixed[units], axis=1)[unit_of]
+        hidden |= (once & ~twice)[unit_of]
+    rest = np.where(single, masks, masks & ~seen)
+    alone = rest & hidden
+    return np.where(alone != 0, alone, rest), single.all(0), broken
+
+
+def propagate(masks):
+    """Mutates masks uint16 [81, N]: naked and hidden singles until nothing changes. (solved, broken) bool [N]."""
+    solved, broken = np.zeros((2, masks.shape[1]), bool)
+    active = np.arange(masks.shape[1])
+    while len(active):
+        before = masks[:, active]
+        after, single, bad = sweep(before)
+        masks[:, active] = after
+        solved[active], broken[active] = single & ~bad, bad
+        active = active[(after != before).any(0) & ~bad]
+    return solved, broken
+
+
+def digits_of(masks):
+    """uint8 [N, 81] from masks [81, N]: the digit where one candidate is left, else 0."""
+    return np.where(COUNT[masks] == 1, COUNT[masks - (masks > 0)] + 1, 0).astype(np.uint8).T
+
+
+def solve(puzzles, preference=None, limit=2, max_guesses=10**6, chunk=2048):
+    """Depth-first search with singles between guesses, over all of uint8 [N, 81] at once.
+
+    A guess is the open cell and digit with the highest `preference` (float [N, 81, 9], such as a
+    network's probabilities), without one the lowest digit of a cell with the fewest left. Returns
+    (first solutions uint8 [N, 81], zeros where there is none; solutions found int64 [N], at most `limit`, so
+    that 1 of 2 proves uniqueness; guesses int64 [N] up to the first solution, or to the proof of none).
+    """
+    count = len(puzzles)
+    if count > chunk:
+        parts = [slice(i, i + chunk) for i in range(0, count, chunk)]
+        found = [solve(puzzles[p], None if preference is None else preference[p], limit, max_guesses) for p in parts]
+        return tuple(np.concatenate(arrays) for arrays in zip(*found))
+    solutions = np.zeros((count, 81), np.uint8)
+    number, guesses, tried, depth = np.zeros((4, count), np.int64)
+    stack = [BITS[puzzles]]  # a level: [N, 81] masks; each puzzle's own top is at its depth
+    while len(active := np.flatnonzero((depth >= 0) & (number < limit) & (tried < max_guesses))):
+        masks = np.empty((81, len(active)), np.uint16)
+        for level in np.unique(depth[active]):
+            at = depth[active] == level
+            masks[:, at] = stack[level][active[at]].T
+        solved, broken = propagate(masks)
+        done = active[solved]
+        first = done[number[done] == 0]
+        solutions[first] = digits_of(masks[:, solved])[number[done] == 0]
+        number[done] += 1
+        depth[active[solved | broken]] -= 1
+        open_ = ~(solved | broken)
+        active, masks = active[open_], masks[:, open_].T  # [n, 81]
+        left = COUNT[masks]
+        if preference is None:
+            cell = np.where(left > 1, left, 10).argmin(1)
+            chosen = masks[np.arange(len(active)), cell]
+            bit = chosen & -chosen.astype(np.int16).view(np.uint16)
+        else:
+            live = (masks[:, :, None] & BITS[1:]).astype(bool) & (left > 1)[:, :, None]
+            best = np.where(live, preference[active], -1).reshape(len(active), 729).argmax(1)
+            cell, bit = best // 9, BITS[1 + best % 9]
+        for level in np.unique(depth[active]):
+            if level + 1 == len(stack):
+                stack.append(np.empty((count, 81), np.uint16))
+            at = np.flatnonzero(depth[active] == level)
+            rows, places = active[at], cell[at]
+            stack[level][rows] = stack[level + 1][rows] = masks[at]
+            stack[level][rows, places] &= ~bit[at]
+            stack[level + 1][rows, places] = bit[at]
+        guesses[active] += number[active] == 0
+        tried[active] += 1
+        depth[active] += 1
+    return solutions, number, guesses
+
+
+def grade(puzzles, chunk=8192):
+    """uint8 [N]: 0 easy, 1 medium, 2 hard (see EASY_CLUES) of uint8 [N, 81]."""
+    levels = np.empty(len(puzzles), np.uint8)
+    for start in range(0, len(puzzles), chunk):
+        part = puzzles[start : start + chunk]
+        solved, _ = propagate(np.ascontiguousarray(BITS[part].T))
+        levels[start : start + chunk] = np.where(solved, (part > 0).sum(1) < EASY_CLUES, 2)
+    return levels
+
+
+def generate(count, level, seed=0):
+    """(puzzles, solutions) uint8 [count, 81] of a level (easy, medium, hard), by `seed`, no two alike.
+
+    Random complete grids lose clues in random order as long as singles alone still solve them (which
+    proves that the solution is unique), hard ones then as long as the search finds one solution only,
+    until singles no longer do. The first puzzles are the same whatever the count.
+    """
+    found, seen, total = [], set(), 0
+    for block in range(1_000_000):
+        if total >= count:
+            break
+        rng = np.random.default_rng(mix(seed, LEVELS.index(level), block))
+        puzzles, solutions = dig(level, rng)
+        fresh = [i for i, row in enumerate(puzzles) if not (row.tobytes() in seen or seen.add(row.tobytes()))]
+        found.append((puzzles[fresh], solutions[fresh]))
+        total += len(fresh)
+    return tuple(np.concatenate(arrays)[:count] for arrays in zip(*found))
+
+
+def dig(level, rng, size=1024):
+    """About `size` (puzzles, solutions) of one level, as `generate` says."""
+    solutions, found, _ = solve(np.zeros((size, 81), np.uint8), rng.random((size, 81, 9), np.float32), 1, 100)
+    solutions = solutions[found == 1]  # the rest ran into long searches
+    size = len(solutions)
+    order = rng.random((size, 81)).argsort(1)  # clues go in this order
+    low, high = {"easy": (EASY_CLUES, 46), "medium": (27, EASY_CLUES), "hard": (20, 29)}[level]
+    target = rng.integers(low, high, size)
+    puzzles = solutions.copy()
+    np.put_along_axis(puzzles, order[:, : 81 - 45], 0, 1)  # 45 clues: nearly always enough, checked at the end
+    rows = np.arange(size)
+    for place in range(81 - 45, 81):
+        cell = order[:, place]
+        wanted = (puzzles > 0).sum(1) > target
+        trial = puzzles[wanted]
+        trial[np.arange(len(trial)), cell[wanted]] = 0
+        good, _ = propagate(np.ascontiguousarray(BITS[trial].T))
+        if level == "hard":
+            good[~good] = solve(trial[~good])[1] == 1
+        puzzles[rows[wanted][good], cell[wanted][good]] = 0
+    kept = (grade(puzzles) == LEVELS.index(level)) & (solve(puzzles)[1] == 1)
+    return puzzles[kept], solutions[kept]
+
+
+CELL = np.full(256, 255, np.uint8)  # a character's digit, 0 for a blank, 255 for what is no cell
+CELL[np.frombuffer(b"0.Xx*_", np.uint8)] = 0
+CELL[np.frombuffer(b"123456789", np.uint8)] = np.arange(1, 10)
+PUZZLE_COLUMNS, SOLUTION_COLUMNS = ("puzzle", "puzzles", "quizzes", "question"), ("solution", "solutions", "answer")
+
+
+def read_sudoku(path, block_bytes=2**25):
+    """(puzzles uint8 [N, 81], solutions uint8 [N, 81] or None) of a file, its format known by its content.
+
+    CSV with puzzle and solution columns (Kaggle's, RRN's without a header, Sudoku-Extreme's), one
+    puzzle a line (.sdm), or one board in nine rows (.sdk, .ss); gzip too; a blank is one of 0.Xx*_.
+    ValueError with the line for what is no puzzle, repeats a digit or contradicts its solution.
+    """
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with (gzip.open if packed else open)(path, "rb") as file:
+            head = file.read(block_bytes).removeprefix(b"\xef\xbb\xbf")
+            first = head.split(b"\n", 1)[0].rstrip()
+            if not head.strip():
+                raise ValueError(f"{path}: is empty; give a puzzle file")
+            if b"," not in first and len(first) != 81:
+                return read_board(path, head), None
+            columns, skip = sudoku_columns(path, first)
+            blocks, line, rest = [], 1 + skip, head.split(b"\n", 1)[1] if skip and b"\n" in head else head
+            rest = b"" if skip and b"\n" not in head else rest
+            while rest:
+                more = file.read(block_bytes)
+                whole, _, rest = (rest + more).rpartition(b"\n") if more else (rest, b"", b"")
+                if whole.strip():
+                    blocks.append(read_rows(path, whole, line, columns))
+                line += whole.count(b"\n") + 1
+    except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch the file again") from None
+    if not blocks:
+        raise ValueError(f"{path}: has a header and no puzzle; give a puzzle file")
+    return tuple(np.concatenate(arrays) if arrays[0] is not None else None for arrays in zip(*blocks))
+
+
+def sudoku_columns(path, first):
+    """((puzzle column, solution column or None, columns), whether the line is a header) of a file's first line."""
+    names = [name.strip().strip(b'"').decode("utf-8", "replace").lower() for name in first.split(b",")]
+    cells = [len(name) == 81 and (CELL[list(name.encode()[:81])] < 10).all() for name in names]
+    if any(cells):  # RRN's files, and one puzzle a line
+        index = [i for i, is_grid in enumerate(cells) if is_grid]
+        return (index[0], index[1] if len(index) > 1 else None, len(names)), False
+    puzzle, solution = (
+        next((i for i, name in enumerate(names) if name in known), None) for known in (PUZZLE_COLUMNS, SOLUTION_COLUMNS)
+    )
+    if puzzle is None:
+        got = one_line(first.decode("utf-8", "replace"))[:60]
+        raise ValueError(f"{path}: line 1: neither 81 cells nor a header with a puzzle column, got {got}")
+    return (puzzle, solution, len(names)), True
+
+
+def read_rows(path, content, line, columns):
+    """(puzzles, solutions or None) of whole lines; `line` is the first one's number."""
+    puzzle, solution, count = columns
+    text = np.frombuffer(content + b"\n", np.uint8)
+    ends = np.flatnonzero(text == 10)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    ends = ends - (text[ends - 1] == 13)
+    numbers = line + np.arange(len(starts))
+    filled = ends > starts
+    starts, ends, numbers = starts[filled], ends[filled], numbers[filled]
+    commas = np.flatnonzero(text == 44)
+    have = np.searchsorted(commas, ends) - np.searchsorted(commas, starts)
+    if (have != count - 1).any():
+        row = np.flatnonzero(have != count - 1)[0]
+        raise ValueError(f"{path}: line {numbers[row]}: has {have[row] + 1} columns, the first line {count}")
+    borders = np.concatenate([starts[:, None] - 1, commas.reshape(len(starts), count - 1), ends[:, None]], 1)
+    grids = []
+    for column in (puzzle, solution):
+        if column is None:
+            grids.append(None)
+            continue
+        begin, length = borders[:, column] + 1, borders[:, column + 1] - borders[:, column] - 1
+        if (length != 81).any():
+            row = np.flatnonzero(length != 81)[0]
+            raise ValueError(f"{path}: line {numbers[row]}: has {length[row]} cells, a puzzle has 81")
+        grids.append(CELL[np.lib.stride_tricks.sliding_window_view(text, 81)[begin]])
+    check_grids(path, numbers, *grids)
+    return grids
+
+
+def read_board(path, content):
+    """uint8 [1, 81] of one board in nine rows: .sdk with its headers and sections, .ss with its rules, or bare."""
+    grid, inside = [], True
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        text = line.strip()
+        cells = text.replace("|", "").replace(" ", "")
+        if text.startswith("["):
+            inside = text.lower() == "[puzzle]"
+        elif inside and not text.startswith("#") and cells.strip("-+"):
+            row = CELL[np.frombuffer(cells.encode(), np.uint8)]
+            if len(row) != 9 or (row > 9).any():
+                got = one_line(text)[:50]
+                raise ValueError(f"{path}: line {number}: a row is nine cells of 1-9 or 0.Xx*_, got {got}")
+            grid.append((number, row))
+    if len(grid) != 9:
+        raise ValueError(f"{path}: has {len(grid)} rows of cells, a board has 9; or give 81 cells a line")
+    board = np.concatenate([row for _, row in grid])[None]
+    check_grids(path, [grid[0][0]], board, None)
+    return board
+
+
+def check_grids(path, numbers, puzzles, solutions):
+    """ValueError, with the line, for cells that are none, digits that repeat, solutions that do not fit."""
+    def refuse(bad, say):
+        if bad.any():
+            row, cell = np.argwhere(bad)[0]
+            raise ValueError(f"{path}: line {numbers[row]}: {say(cell + 1)}")
+
+    for name, grids in (("puzzle", puzzles), ("solution", solutions)):
+        if grids is None:
+            continue
+        refuse(grids > 9, lambda cell: f"cell {cell} of the {name} is none of 1-9 or 0.Xx*_")
+        if name == "solution":
+            refuse(grids == 0, lambda cell: f"cell {cell} of the solution is blank")
+            refuse((puzzles > 0) & (puzzles != grids), lambda cell: f"cell {cell} of the solution contradicts the clue")
+        refuse(~consistent(grids)[:, None], lambda cell: f"a row, column or box of the {name} repeats a digit")
+
+
+def consistent(grids):
+    """bool [N]: whether no row, column or box of uint8 [N, 81] has a digit twice (blanks aside)."""
+    bits = np.where(grids > 0, BITS[grids], np.uint16(0)).T
+    good = np.ones(len(grids), bool)
+    for units in UNITS:
+        cells = bits[units]
+        good &= (np.bitwise_or.reduce(cells, 1) == cells.sum(1, dtype=np.uint16)).all(0)
+    return good
+
+
+def sudoku_text(suffix, puzzles, solutions=None):
+    """The text of grids uint8 [N, 81] as .csv (puzzle,solution; an unsolved one's is empty), .sdm or .sdk (one board).
+
+    .sdm and .sdk hold the solution where there is one (a row of zeros is none), else the puzzle.
+    """
+    solutions = np.zeros_like(puzzles) if solutions is None else solutions
+    write = lambda grids: [bytes(row).decode() for row in grids + np.uint8(48)]
+    if suffix == ".csv":
+        rows = [f"{p},{s if s[0] != '0' else ''}" for p, s in zip(write(puzzles), write(solutions))]
+        return "\n".join(["puzzle,solution", *rows]) + "\n"
+    lines = [line.replace("0", ".") for line in write(np.where(solutions > 0, solutions, puzzles))]
+    if suffix == ".sdm":
+        return "\n".join(lines) + "\n"
+    if len(lines) != 1:
+        raise ValueError(f"an .sdk file holds one board, there are {len(puzzles)} puzzles; give a .sdm or .csv file")
+    return "\n".join(["[Puzzle]", *(lines[0][i : i + 9] for i in range(0, 81, 9))]) + "\n"
+
+
+
+GENERATED = {"train": (4000, 0), "val": (150, 1), "test": (300, 2)}  # puzzles of each level, and the seed
+
+
+def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0):
+    """The `Data` of Sudoku puzzles: a file, a folder of train and perhaps val and test files, or None: generated.
+
+    Images are puzzles uint8 [N, 81], 0 a blank. Labels are uint8 [N, 82]: the digit of a blank and 0
+    for a clue, and last the level (`grade`). No validation or test puzzle shares its solution grid
+    with a training puzzle, up to every symmetry of Sudoku (`symmetry_class`). Repeated puzzles are
+    dropped and counted; ValueError for a puzzle in both train and val.
+    """
+    sets, notes = read_splits(source), []
+    for name, (puzzles, solutions) in sets.items():
+        kept = np.sort(np.unique(row_hash(puzzles), return_index=True)[1])
+        notes += [f"{len(puzzles) - len(kept):,} duplicates dropped from {name}"] * (len(kept) < len(puzzles))
+        if 0 < max_samples < len(kept):
+            kept = np.sort(np.random.default_rng(mix(seed, len(kept))).choice(kept, max_samples, replace=False))
+        sets[name] = puzzles[kept], solutions[kept]
+    puzzles, solutions = sets["train"]
+    if len(sets) > 1 or val_fraction > 0:
+        classes, rows = symmetry_class(solutions), row_hash(puzzles)
+    for name in sets.keys() - {"train"}:
+        twins = np.flatnonzero(np.isin(row_hash(sets[name][0]), rows))
+        if len(twins):
+            raise ValueError(f"{source}: puzzle {twins[0] + 1} of {name} stands in train too; remove it from one")
+        apart = ~np.isin(symmetry_class(sets[name][1]), classes)
+        notes += [f"{(~apart).sum():,} of {name} dropped, their solutions are train's"] * (not apart.all())
+        sets[name] = tuple(grids[apart] for grids in sets[name])
+        if not apart.any():
+            raise ValueError(f"{source}: every solution of {name} is one of train's, up to symmetry; give others")
+    if "val" not in sets and val_fraction > 0:
+        _, members = np.unique(classes, return_inverse=True)
+        place = np.random.default_rng(mix(seed, 2)).permutation(members.max() + 1)[members]  # classes in random order
+        val = place <= np.searchsorted(np.cumsum(np.bincount(place)), len(place) * val_fraction)
+        if val.all():
+            raise ValueError(f"--val_fraction {val_fraction}: the puzzles share too few solution grids; give more data")
+        sets.update(train=(puzzles[~val], solutions[~val]), val=(puzzles[val], solutions[val]))
+    splits = {
+        name: Split(p, np.concatenate([np.where(p > 0, 0, s), grade(p)[:, None]], 1).astype(np.uint8))
+        for name, (p, s) in sets.items()
+    }
+    name = "generated puzzles" if source is None else f"{Path(source).name} (Sudoku)"
+    return Data(splits, [str(digit) for digit in range(1, 10)], 9, "; ".join([name, *notes]))
+
+
+def read_splits(source):
+    """{split: (puzzles, solutions)} of a file (all train), a folder of train, val and test files, or generated."""
+    if source is None:
+        generated = {}
+        for name, (count, seed) in GENERATED.items():
+            generated[name] = tuple(map(np.concatenate, zip(*(generate(count, level, seed) for level in LEVELS))))
+        return generated
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(f"--data {source}: no such file or folder; give a puzzle file, or leave the flag out")
+    files = {"train": path}
+    if path.is_dir():
+        named = [(SPLIT_NAMES.get(p.name.split(".")[0].lower()), p) for p in sorted(path.iterdir()) if p.is_file()]
+        files = {name: p for name, p in named if name}
+        if "train" not in files or len(files) < sum(name is not None for name, _ in named):
+            raise ValueError(f"{path}: needs train.csv, perhaps val.csv and test.csv (or .gz, .sdm), each once")
+    sets = {name: read_sudoku(p) for name, p in files.items()}
+    for name, (_, solutions) in sets.items():
+        if solutions is None:
+            raise ValueError(f"{files[name]}: has no solutions; it can be predicted, not trained or evaluated on")
+    return sets
+
+
+def row_hash(grids):
+    """uint64 [N]: equal for equal rows of uint8 [N, 81]; two that differ agree by chance once in 2^64."""
+    factors = np.random.default_rng(81).integers(1, 2**63, 81, np.uint64) * 2 + 1
+    parts = [grids[i : i + 65_536].astype(np.uint64) @ factors for i in range(0, len(grids), 65_536)]
+    return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+
+def symmetry_class(solutions, chunk=16_384):
+    """uint64 [N]: the same for grids uint8 [N, 81] that relabelling, permuting or transposing turns into each other.
+
+    Two rows of a band map each column's digit to another, a permutation of the digits whose cycle
+    lengths no symmetry changes: the class is those of all rows and columns. It is an invariant, no canonical
+    form: grids that differ may share a class, which then are only kept apart more than they need be.
+    """
+    if len(solutions) > chunk:
+        parts = [symmetry_class(solutions[i : i + chunk]) for i in range(0, len(solutions), chunk)]
+        return np.concatenate(parts)
+    grids = solutions.reshape(-1, 9, 9).astype(np.int64) - 1
+    sides = []
+    for lines in (grids, grids.transpose(0, 2, 1)):
+        place = lines.argsort(2)  # [N, line, digit]: where the line has the digit
+        bands = []
+        for band in range(3):
+            codes = []
+            for a, b in ((0, 1), (0, 2), (1, 2)):
+                step = np.take_along_axis(lines[:, 3 * band + b], place[:, 3 * band + a], 1)  # digit -> digit
+                power, code = step, np.zeros(len(grids), np.int64)
+                for _ in range(3):  # how many digits lie in cycles that 2, 3 and 4 steps close: that tells the lengths
+                    power = np.take_along_axis(step, power, 1)
+                    code = code * 10 + (power == np.arange(9)).sum(1)
+                codes.append(code)
+            codes = np.sort(codes, 0)
+            bands.append((codes[0] * 1000 + codes[1]) * 1000 + codes[2])
+        bands = np.sort(bands, 0).astype(np.uint64)
+        sides.append((bands[0] * np.uint64(0x9E3779B97F4A7C15) ^ bands[1]) * np.uint64(0xBF58476D1CE4E5B9) ^ bands[2])
+    sides = np.sort(sides, 0)
+    return sides[0] * np.uint64(0x94D049BB133111EB) ^ sides[1]
+
+
 # ------------------------------------------------------------------------------------- order of a run
 
 
@@ -527,6 +942,34 @@ def mix(*numbers):
 def epoch_order(count, seed, epoch):
     """int64 [count]: the permutation of one epoch, a function of (seed, epoch) alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+
+
+def curriculum_order(levels, seed, epoch, epochs):
+    """int64 [N] for one epoch of a run: easy, then medium, then hard puzzles, by the share of the run that is done.
+
+    `levels` integer [N]. Each place of the epoch draws its level by `CURRICULUM` (levels that are not there
+    leave their share to the others) and takes that level's puzzles in random order, again and again.
+    """
+    rng, count = np.random.default_rng(mix(seed, epoch, 3)), len(levels)
+    done = (epoch + np.arange(count) / count) / epochs
+    phase = np.searchsorted([end for end, _ in CURRICULUM], done, "right")
+    pools = [rng.permutation(np.flatnonzero(levels == level)) for level in range(3)]
+    there = np.array([len(pool) > 0 for pool in pools])
+    shares = (np.array([share for _, share in CURRICULUM])[phase] + 1e-9) * there
+    cumulated = (shares / shares.sum(1, keepdims=True)).cumsum(1)
+    drawn = (rng.random((count, 1)) >= cumulated[:, :2]).sum(1)
+    order = np.empty(count, np.int64)
+    for level, pool in enumerate(pools):
+        places = np.flatnonzero(drawn == level)
+        order[places] = np.resize(pool, len(places))
+    return torch.from_numpy(order)
+
+
+CURRICULUM = (  # until this share of the run: the shares of easy, medium and hard
+    (0.2, (0.8, 0.2, 0.0)),
+    (0.5, (0.2, 0.6, 0.2)),
+    (2.0, (0.1, 0.3, 0.6)),
+)
 
 
 def stratified(labels, count, seed):
@@ -677,6 +1120,34 @@ def centre(images, image_size, mean, std):
     return normalise(images[:, top : top + image_size, left : left + image_size], mean, std)
 
 
+def sudoku_symmetry(index, seed, epoch):
+    """A random symmetry of Sudoku for each sample: (cells int64 [B, 81], digits int64 [B, 10]), each its own draw.
+
+    Bands, rows in bands, stacks, columns in stacks and digits are permuted, half are transposed. New cell i
+    is old cell cells[i], old digit d is new digit digits[d]; digits[0] = 0.
+    """
+    u = uniform(index, seed, epoch, 34)
+    digits = F.pad(u[:, :9].argsort(1) + 1, (1, 0))
+    lines = []
+    for start in (9, 21):
+        band, within = u[:, start : start + 3].argsort(1), u[:, start + 3 : start + 12].view(-1, 3, 3).argsort(2)
+        lines.append((3 * band[:, :, None] + within).flatten(1))  # [B, 9]
+    cells = 9 * lines[0][:, :, None] + lines[1][:, None, :]  # [B, 9, 9]
+    return torch.where(u[:, 33, None, None] < 0.5, cells.mT, cells).flatten(1), digits
+
+
+def transform_sudoku(grids, cells, digits):
+    """Integer [B, 81] grids (0 a blank) under the symmetries of `sudoku_symmetry`."""
+    return digits.to(grids.device).gather(1, grids.gather(1, cells.to(grids.device)).long()).to(grids.dtype)
+
+
+def restore_sudoku(p, cells, digits):
+    """Float [B, 81, 9] over the digits of transformed boards, turned back to those of the boards themselves."""
+    cells, digits = cells.to(p.device), digits.to(p.device)
+    p = p.gather(2, (digits[:, None, 1:] - 1).expand(-1, 81, -1))
+    return p.gather(1, cells.argsort(1)[:, :, None].expand(-1, -1, 9))
+
+
 # ------------------------------------------------------------------------------------------ batches
 
 
@@ -741,3 +1212,25 @@ def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index
 
     return fetch
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        description="Generate Sudoku puzzles with one solution each and write them to a CSV, .sdm or .sdk file.",
+        epilog="example: python data.py --level hard --count 1000 --seed 0 --output hard.csv",
+    )
+    add = parser.add_argument
+    add("--level", choices=LEVELS, default="medium", help="easy: singles solve it, 36 clues or more; medium: singles, "
+        "fewer clues; hard: singles do not")  # fmt: skip
+    add("--count", type=int, default=1000, help="puzzles, no two alike (default: %(default)s)")
+    add("--seed", type=int, default=0, help="the same seed gives the same puzzles (default: %(default)s)")
+    add("--output", type=Path, required=True, help="puzzle,solution in .csv; .sdm and .sdk hold the puzzle alone")
+    flags = parser.parse_args()
+    if flags.count < 1 or flags.seed < 0 or flags.output.suffix not in (".csv", ".sdm", ".sdk"):
+        parser.error("--count must be 1 or more, --seed 0 or more, --output a .csv, .sdm or .sdk file")
+    made = generate(flags.count, flags.level, flags.seed)
+    solved = made[1] if flags.output.suffix == ".csv" else None
+    flags.output.write_text(sudoku_text(flags.output.suffix, made[0], solved))
+    print(f"{flags.output}: {flags.count:,} {flags.level} puzzles, {(made[0] > 0).sum(1).mean():.1f} clues on average")

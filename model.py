@@ -225,6 +225,102 @@ def check_state_dict(own, weights):
             raise ValueError(f"{name} is {has}, the model needs {needs}; is this file for another model?")
 
 
+# ------------------------------------------------------------------------------------ Sudoku GNN
+
+
+def sudoku_segments():
+    """float [54, 81]: which cells lie in each segment of three, where a line meets a box.
+
+    Rows of segments first, in the order (row, stack), then columns of them, (column, band).
+    """
+    row, column = torch.arange(81) // 9, torch.arange(81) % 9
+    rows, columns = F.one_hot(row * 3 + column // 3, 27), F.one_hot(column * 3 + row // 3, 27)
+    return torch.cat([rows, columns], 1).T.float()
+
+
+class SudokuGNN(nn.Module):
+    """Message passing over the 729 candidates (digit, cell) of a Sudoku, with weights shared over steps.
+
+    Input uint8 [B, 81], 0 a blank; output logits float32 [S, B, 81, 9]: one step of S = 1 in eval mode,
+    after `message_steps` of them, any number at run time; the last S = `grad_steps` in training, which
+    come after 0 to `free_steps` steps without gradient, drawn at each call, so that what is learnt
+    holds at any depth. A clue's logits are 0 for its digit and -1e4 for the rest.
+
+    A candidate tells its groups by a log-sum-exp of learnt features, since one candidate of a group is
+    true: the nine of its cell, and its digit's three in a segment, nine in a line and nine in a box.
+    Segments see all three, so that they can tell that a digit of a box lies in one line. Weights know
+    no digit and no place, and rows and columns share them, so the network is equivariant to every
+    symmetry of Sudoku and needs no augmentation. The states are normalised after each step, so that
+    they stay what they were in training at any depth.
+    """
+
+    def __init__(self, num_classes=9, in_channels=1, width=32, hidden=64, pooled=8, free_steps=24, grad_steps=6,
+                 message_steps=64):  # fmt: skip
+        super().__init__()
+        assert num_classes == 9, num_classes
+        self.free_steps, self.grad_steps, self.message_steps = free_steps, grad_steps, message_steps
+
+        def matrix(fan_in, fan_out, gain=1.0):
+            return nn.Parameter(torch.randn(fan_in, fan_out) * gain * fan_in**-0.5)
+
+        def bias(fan_out):
+            return nn.Parameter(torch.zeros(fan_out))
+
+        self.embedding = nn.Parameter(torch.randn(3, width) / 2)  # open, clue, other digit than the clue
+        self.pool = matrix(width, pooled)
+        self.segment_in, self.line_in, self.box_in = (matrix(pooled, hidden) for _ in range(3))
+        self.segment_bias, self.segment_out = bias(hidden), matrix(hidden, hidden)
+        self.cell_in, self.cell_bias, self.cell_out = matrix(pooled, hidden), bias(hidden), matrix(hidden, hidden)
+        self.node_in, self.node_bias, self.node_out = matrix(width, hidden), bias(hidden), matrix(hidden, width, 0.3)
+        self.head = nn.Parameter(torch.zeros(width))
+        self.register_buffer("segments", sudoku_segments(), persistent=False)
+
+    def forward(self, puzzles):
+        device = puzzles.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
+        with torch.autocast(device, enabled=False):
+            w = {name: p.to(dtype) for name, p in self.named_parameters()}
+            segments = self.segments.to(dtype).expand(9, 54, 81)
+            gather, spread = segments, segments.mT.contiguous()
+            clue = puzzles.long().T[None] - torch.arange(1, 10, device=puzzles.device)[:, None, None]  # [9, 81, B]
+            given = (puzzles > 0).T.expand(9, 81, len(puzzles))
+            embedded = F.embedding(torch.where(given, 1 + (clue != 0), 0), w["embedding"])  # [9, 81, B, H]
+            x = F.layer_norm(embedded, embedded.shape[-1:])
+            free = int(torch.randint(self.free_steps + 1, ())) if self.training else self.message_steps - 1
+            with torch.no_grad():
+                for _ in range(free):
+                    x = self.message_step(x, embedded, w, gather, spread)
+            logits = []
+            for _ in range(self.grad_steps if self.training else 1):
+                x = self.message_step(x, embedded, w, gather, spread)
+                logits.append((x @ w["head"]).float())
+            logits = torch.stack(logits)  # [S, 9, 81, B]
+            known = torch.where(clue == 0, 0.0, -1e4)
+            return torch.where(given, known, logits).permute(0, 3, 2, 1)
+
+    def message_step(self, x, embedded, w, gather, spread):
+        """One round of messages: states [9, 81, B, H] to the same shape. `w` holds the weights in their dtype."""
+        _, _, boards, width = x.shape
+        hidden, pooled = w["node_in"].shape[1], w["pool"].shape[1]
+        q = (x @ w["pool"]).clamp(max=10).exp()  # [9, 81, B, Q]; the bound is for fp16
+        segment = (gather @ q.view(9, 81, -1)).view(9, 2, 9, 3, boards, pooled)  # digit, row or column, line, its third
+        line, box, cell = segment.sum(3), segment[:, 0].view(9, 3, 3, 3, boards, pooled).sum(2), q.sum(0)
+        # log-sum-exp of each group, then what a segment makes of itself, its line and its box
+        box = box.log() @ w["box_in"]  # [9, band, stack, B, K]
+        line = line.log() @ w["line_in"]
+        segment = torch.addmm(w["segment_bias"], segment.log().view(-1, pooled), w["segment_in"])
+        segment = segment.view(9, 2, 3, 3, 3, boards, hidden) + line.view(9, 2, 3, 3, 1, boards, hidden)
+        segment = segment + torch.stack([box, box.transpose(1, 2)], 1)[:, :, :, None]
+        segment = segment.relu_().view(-1, hidden) @ w["segment_out"]
+        cell = torch.addmm(w["cell_bias"], cell.log().view(-1, pooled), w["cell_in"]).relu_()
+        cell = torch.addmm(w["node_bias"], cell, w["cell_out"])  # [81 B, K]
+        # each candidate: its cell, its two segments, itself
+        node = torch.baddbmm(cell.view(1, 81, -1), spread, segment.view(9, 54, -1))
+        node = torch.addmm(node.view(-1, hidden), x.view(-1, width), w["node_in"]).relu_()
+        x = torch.addmm((x + embedded).view(-1, width), node, w["node_out"])
+        return F.layer_norm(x, (width,)).view_as(embedded)
+
+
 # ------------------------------------------------------------------------- objective and building
 
 
@@ -233,7 +329,32 @@ def image_loss(logits, labels, label_smoothing=0.0):
     return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
-MODELS = {"custom": CustomCNN, "efficientnet_b0": EfficientNetB0}
+def sudoku_loss(logits, answers, focal_gamma=0.0, constraint_weight=0.0):
+    """Loss of every step, averaged over the steps, summed over the blanks: a float32 scalar.
+
+    Logits float [S, B, 81, 9] as `SudokuGNN` gives them; answers integer [B, 81], the digit of a blank
+    and 0 for a clue. `focal_gamma` weighs each blank by (1 - p)^gamma (Lin et al. 2017). To it
+    comes `constraint_weight` times the expected violations (`expected_violations`).
+    """
+    blank = answers > 0
+    log_p = F.log_softmax(logits.float(), -1)
+    target = (answers.long() - 1).clamp(min=0).expand(logits.shape[:-1])
+    log_p_true = log_p.gather(-1, target[..., None])[..., 0]  # [S, B, 81]
+    focus = (1 - log_p_true.exp()) ** focal_gamma if focal_gamma else 1.0
+    loss = -(focus * log_p_true * blank).sum()
+    if constraint_weight:
+        loss = loss + constraint_weight * expected_violations(log_p.exp()).sum()
+    return loss / len(logits)
+
+
+def expected_violations(p):
+    """float [...]: digits expected to be missing in the 27 units of boards drawn from p [..., 81, 9], cell by cell."""
+    missing = torch.log1p(-p.clamp(max=1 - 1e-6)).unflatten(-2, (9, 9))  # [..., 9 rows, 9 columns, 9 digits]
+    boxes = missing.unflatten(-2, (3, 3)).unflatten(-4, (3, 3)).sum((-4, -2))  # [..., 3 bands, 3 stacks, 9]
+    return sum(part.exp().flatten(-2).sum(-1) for part in (missing.sum(-2), missing.sum(-3), boxes.flatten(-3, -2)))
+
+
+MODELS = {"custom": CustomCNN, "efficientnet_b0": EfficientNetB0, "sudoku_gnn": SudokuGNN}
 
 
 def build_model(name, num_classes, in_channels=3, **arguments):
@@ -242,8 +363,8 @@ def build_model(name, num_classes, in_channels=3, **arguments):
 
 
 def parameter_groups(model, weight_decay):
-    """Two optimizer groups: matrices and filters decay; biases and BatchNorm's scales do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decay, no_decay = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    """Two optimizer groups: matrices and filters decay; embeddings, biases and BatchNorm's scales do not."""
+    trained = [(p.ndim >= 2 and "embedding" not in name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay, no_decay = [p for decays, p in trained if decays], [p for decays, p in trained if not decays]
     assert len(decay) + len(no_decay) == len(trained), (len(decay), len(no_decay), len(trained))
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]

@@ -23,12 +23,15 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.func import functional_call
@@ -41,7 +44,14 @@ import utils
 MAX_BAD_STEPS = 25  # in a row; fp16 halves its scale 16 times from 65,536 to 1, so 25 is no mere overflow
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNS = Path("runs")
-MODES = ("config", "resume", "find_lr", "evaluate", "output")  # flags that are no part of a run's config
+MODES = ("config", "resume", "find_lr", "evaluate", "predict", "input", "search", "output")  # no part of a run's config
+READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
+    "evaluate": "evaluate output data cache_dir batch_size workers device amp channels_last message_steps".split(),
+    "predict": "predict input search output device amp message_steps".split(),
+}
+OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
+WEIGHTS = Path(__file__).with_name("weights") / "sudoku.pt"  # what --predict takes where no checkpoint is named
+SHOWN_BOARDS = 100
 FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "run_name", "cache_dir", "data")
 
 
@@ -129,6 +139,14 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), default="efficientnet_b0", help="the network")
     add("--pretrained", type=str, nargs="?", const="official", help="a weights file; alone: the official B0 file")
+    add("--width", type=positive, default=32, help="sudoku_gnn: features of a candidate's state")
+    add("--hidden", type=positive, default=64, help="sudoku_gnn: features of a message")
+    add("--message_steps", type=positive, help="sudoku_gnn: steps in evaluation; else the checkpoint's, 64")
+    add("--free_steps", type=number(int, 0), default=24, help="sudoku_gnn: up to so many steps without gradient")
+    add("--grad_steps", type=positive, default=6, help="sudoku_gnn: steps with gradient and loss after them")
+    add("--focal_gamma", type=at_least_0, default=0.0, help="sudoku_gnn: weighs a blank by (1 - p)^gamma")
+    add("--constraint_weight", type=at_least_0, default=0.0, help="sudoku_gnn: of the expected violations")
+    add("--curriculum", type=boolean, nargs="?", const=True, default=False, help="easy, medium, then hard puzzles")
     add("--label_smoothing", type=share, default=0.0, help="share of the target spread over all classes")
 
     add = parser.add_argument_group("training").add_argument
@@ -136,8 +154,8 @@ def build_parser():
     add("--batch_size", type=positive, default=16, help="images a micro-batch")
     add("--accumulation_steps", type=positive, default=1, help="micro-batches a step")
     add("--clip_grad_norm", type=at_least_0, default=0.0, help="largest gradient norm; 0: no clipping")
-    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd has Nesterov momentum")
-    add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak rate; else 0.003 adamw, 0.1 sgd")
+    add("--optimizer", choices=["adamw", "sgd", "muon"], help="else muon for sudoku_gnn, adamw for images")
+    add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak; else 0.003 adamw, 0.1 sgd, 0.005 muon")
     add("--weight_decay", type=at_least_0, default=0.01, help="on matrices and filters alone")
     add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it")
     add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
@@ -176,7 +194,11 @@ def build_parser():
     add = parser.add_argument_group("other modes").add_argument
     add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
     add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
-    add("--output", type=str, metavar="FILE", help="write what --find_lr (.csv) or --evaluate (.json) found")
+    add("--predict", type=str, nargs="?", const=str(WEIGHTS), metavar="CKPT", help="solve the puzzles of --input")
+    add("--input", type=str, metavar="FILE", help="puzzles: CSV, .sdk, .ss, .sdm, gzip too")
+    add("--search", type=boolean, nargs="?", const=True, default=False, help="finish what the network does not, proved")
+    add("--output", type=str, metavar="FILE",
+        help="for --find_lr (.csv), --evaluate (.json), --predict (.csv .sdm .sdk)")
     return parser
 
 
@@ -255,23 +277,21 @@ def read_preset(path, name, actions):
 
 @dataclass(frozen=True)
 class Task:
-    """What a model family needs of the loop: pure functions of (outputs, targets).
+    """What the loop needs of a model family: pure functions of (outputs, targets).
 
-    `loss` and every metric are *sums* over the items of the batch (float32 scalars); `items` counts
-    them. `monitor` is the metric that best.pt goes by.
+    `loss` is a *sum* over the items of the batch (a float32 scalar), which `items` counts. `measure`
+    gives {name: (sum, how many it was summed over)}, each name of `metrics` if it can be there.
+    `monitor` is the metric that best.pt goes by, `shown` how the epoch line writes its metrics, `unit`
+    what a sample is called.
     """
 
     loss: Callable
-    metrics: dict
+    measure: Callable = lambda outputs, targets: {}
+    metrics: tuple = ()
     items: Callable = len
-    monitor: str = "accuracy"
-
-
-def image_task(label_smoothing=0.0):
-    return Task(
-        loss=lambda logits, labels: models.image_loss(logits, labels, label_smoothing),
-        metrics={"accuracy": lambda logits, labels: (logits.argmax(1) == labels).sum()},
-    )
+    monitor: str = "loss"
+    shown: dict = field(default_factory=dict)
+    unit: str = "img"
 
 
 @dataclass
@@ -287,7 +307,7 @@ class TrainState:
     epoch_step: int = 0  # steps done in the epoch under way
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    sums: torch.Tensor | None = None  # float64 [loss, metrics…, items] of the epoch under way
+    sums: torch.Tensor | None = None  # float64 [2, loss and metrics] of the epoch under way: sums and counts
     seconds: float = 0.0  # training time of the epoch under way
     history: list = field(default_factory=list)  # a dict an epoch: metrics.csv
     finished: bool = False
@@ -318,12 +338,49 @@ class TrainState:
                 self.ema[name].copy_(tensor)
 
 
+class Together:
+    """Optimizers that share out a model's parameters, used as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, saved):
+        for part, state in zip(self.parts, saved["parts"]):
+            part.load_state_dict(state)
+
+
 def build_optimizer(model, name, lr, weight_decay, momentum, device):
-    """AdamW, fused where the device has it, or SGD with Nesterov momentum, over decay and no-decay groups."""
+    """AdamW, fused where the device has it, SGD with Nesterov momentum, or Muon beside AdamW.
+
+    Muon (Jordan et al. 2024) makes each update of a matrix orthogonal, at a scale where AdamW's rates
+    hold; filters, embeddings, biases and scales stay with AdamW.
+    """
     groups = models.parameter_groups(model, weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
-    return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=device.type in ("cuda", "cpu", "mps"))
+    matrices = [p for p in groups[0]["params"] if name == "muon" and p.ndim == 2]
+    if matrices:
+        groups[0]["params"] = [p for p in groups[0]["params"] if p.ndim != 2]
+        groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=device.type in ("cuda", "cpu", "mps"))
+    if not matrices:
+        return adamw
+    return Together(torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
 # ------------------------------------------------------------------------------------- schedules
@@ -429,7 +486,8 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient of
     the one big batch (BatchNorm apart, which sees each batch alone). `augment(images, index)` makes the
     model's input. A loss or gradient that is not finite changes no weight, buffer, optimizer state or
-    EMA. Returns (float64 [loss, metrics…, items] on the device, gradient norm, whether the step was good).
+    EMA. Returns (float64 [2, loss and metrics] on the device: sums and counts, gradient norm, whether the
+    step was good).
     """
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     forward = model if state.forward is None else state.forward
@@ -442,13 +500,11 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
             outputs = forward(augment(images, index))
             loss = task.loss(outputs, targets)
         scaler.scale(loss / items).backward()
-        with torch.no_grad():
-            batch = [loss, *(metric(outputs, targets) for metric in task.metrics.values())]
-            sums = sums + torch.stack([value.to(sum_dtype(images.device)) for value in batch])
+        sums = sums + totals(task, loss, outputs, targets)
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    good = bool(torch.isfinite(norm) & torch.isfinite(sums[0]))  # the step's one synchronisation
+    good = bool(torch.isfinite(norm) & torch.isfinite(sums[0, 0]))  # the step's one synchronisation
     if good:
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
@@ -462,7 +518,17 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
     state.step += 1
     state.bad_steps += not good
     state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
-    return torch.cat([sums, sums.new_tensor([items])]), norm, good
+    return sums, norm, good
+
+
+@torch.no_grad()
+def totals(task, loss, outputs, targets):
+    """float64 [2, loss and metrics] of one batch, on the device: the sums above what they were summed over."""
+    found = task.measure(outputs, targets)
+    pairs = [(loss, task.items(targets)), *(found.get(name, (0, 0)) for name in task.metrics)]
+    dtype = sum_dtype(loss.device)
+    rows = [torch.stack([torch.as_tensor(v, dtype=dtype, device=loss.device) for v in row]) for row in zip(*pairs)]
+    return torch.stack(rows)
 
 
 def sum_dtype(device):
@@ -471,9 +537,13 @@ def sum_dtype(device):
 
 
 def means(sums, task):
-    """{"loss": …, metric: …} of [loss, metrics…, items]; NaN where no item was counted."""
-    *totals, items = sums.tolist()
-    return {name: total / items if items else math.nan for name, total in zip(("loss", *task.metrics), totals)}
+    """{"loss": …, metric: …} of [2, loss and metrics]; NaN where no item was counted.
+
+    A metric of its own count (the solve rate of hard boards) is left out where there was none.
+    """
+    totals, counts = sums.tolist()
+    named = zip(("loss", *task.metrics), totals, counts)
+    return {name: total / count if count else math.nan for name, total, count in named if count or not counts[0]}
 
 
 @torch.inference_mode()
@@ -489,9 +559,7 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None):
         with autocast(images.device, dtype):
             inputs = prepare(images)
             outputs = model(inputs) if weights is None else functional_call(model, weights, (inputs,))
-            batch = [task.loss(outputs, targets), *(metric(outputs, targets) for metric in task.metrics.values())]
-            batch.append(torch.as_tensor(task.items(targets), device=images.device))
-        sums = sums + torch.stack([value.to(sum_dtype(images.device)) for value in batch])
+            sums = sums + totals(task, task.loss(outputs, targets), outputs, targets)
     model.train(training)
     return means(sums, task)
 
@@ -523,7 +591,7 @@ def fit(state, run, stop=()):
     line of the log, best.pt where the monitored metric gained, and last.pt.
     """
     config, task, log, folder = run.config, run.task, run.log, run.folder
-    monitor, higher = config["monitor"], "loss" not in config["monitor"]
+    monitor, higher = config["monitor"], higher_is_better(config["monitor"])
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
 
     def save():
@@ -542,14 +610,14 @@ def fit(state, run, stop=()):
         if config["scheduler"] == "plateau":
             past = [row[monitor] for row in state.history]
             cuts = plateau_cuts(past, config["scheduler_patience"], higher, config["min_delta"])
-        order = data.epoch_order(count, config["seed"], epoch)
+        order = run.order(epoch)
         start = state.epoch_step * config["accumulation_steps"]
         if state.sums is None:
-            state.sums = torch.zeros(2 + len(task.metrics), dtype=sum_dtype(run.device), device=run.device)
+            state.sums = torch.zeros(2, 1 + len(task.metrics), dtype=sum_dtype(run.device), device=run.device)
         began, shown_at = time.perf_counter() - state.seconds, 0.0
         bar = tqdm(
-            total=count, initial=min(count, start * config["batch_size"]), unit="img", leave=False, dynamic_ncols=True,
-            desc=f"epoch {epoch + 1}/{config['epochs']}", mininterval=0.5 if sys.stderr.isatty() else 5,
+            desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=min(count, start * config["batch_size"]),
+            unit=task.unit, leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5,
         )  # fmt: skip
         augment = lambda images, index: run.augment(images, index, epoch)
         state.model.train()
@@ -573,7 +641,8 @@ def fit(state, run, stop=()):
                 if now - shown_at > bar.mininterval:  # reading the sums waits for the device
                     shown_at = now
                     bad = {"bad_steps": state.bad_steps} if state.bad_steps else {}
-                    shown_means = {name: f"{value:.3f}" for name, value in means(state.sums, task).items()}
+                    found = means(state.sums, task)
+                    shown_means = {name: f"{found[name]:.3f}" for name in ("loss", task.monitor) if name in found}
                     bar.set_postfix({**shown_means, **bad}, refresh=False)
                 if stop or (config["save_every"] and state.step % config["save_every"] == 0):
                     state.seconds = time.perf_counter() - began
@@ -592,7 +661,7 @@ def fit(state, run, stop=()):
                 found = evaluate(state.model, batches, task, run.prepare, run.dtype, weights)
                 row.update({f"{name}_{k}": v for k, v in found.items()})
         rate = state.optimizer.param_groups[0]["lr"]  # of the last step
-        row.update(lr=rate, seconds=seconds, images_per_second=count / seconds, bad_steps=state.bad_steps)
+        row.update(lr=rate, seconds=seconds, samples_per_second=count / seconds, bad_steps=state.bad_steps)
         state.history.append(row)
         # a NaN is never a gain: comparisons with it are False
         since = epochs_since_best([r[monitor] for r in state.history], higher)
@@ -613,7 +682,7 @@ def fit(state, run, stop=()):
         save()
         for tracker in track:
             tracker(state.step, {k: v for k, v in row.items() if k != "step"})
-        log(epoch_line(row, config["epochs"], since == 0))
+        log(epoch_line(row, task, config["epochs"], since == 0))
         if patience_gone and state.epoch < config["epochs"]:
             log(f"early stopping: {monitor} has not gained for {config['early_stopping']} epochs")
         if stop and not state.finished:
@@ -627,15 +696,26 @@ def fit(state, run, stop=()):
     return 0
 
 
-def epoch_line(row, epochs, new_best):
+def epoch_line(row, task, epochs, new_best):
     """The log's line of one epoch, in ASCII."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     for split in ("train", "val", "ema"):
-        if f"{split}_loss" in row:
-            parts.append(f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_accuracy']:6.2%}")
-    parts += [f"{row['seconds']:.1f} s", f"{row['images_per_second']:,.0f} img/s", f"lr {row['lr']:.2e}"]
+        numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
+        if numbers:
+            parts.append(f"{split} {metrics_line(numbers, task)}")
+    parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {task.unit}/s", f"lr {row['lr']:.2e}"]
     parts += [f"{row['bad_steps']} bad steps"] * bool(row["bad_steps"]) + ["new best"] * new_best
     return " | ".join(parts)
+
+
+def metrics_line(numbers, task):
+    """The loss and the metrics that `task.shown` names, briefly, of {name: number}."""
+    forms = {"loss": "loss {:.4f}", **task.shown}
+    return " ".join(form.format(numbers[name]) for name, form in forms.items() if name in numbers)
+
+
+def higher_is_better(monitor):
+    return not any(word in monitor for word in ("loss", "violations", "entropy"))
 
 
 @contextlib.contextmanager
@@ -679,7 +759,7 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
             rate = min_lr * (max_lr / min_lr) ** (len(rates) / (steps - 1))
             set_rates(state.optimizer, rate)
             sums, _, good = step(state, next_window())
-            loss = (sums[0] / sums[-1]).item()
+            loss = (sums[0, 0] / sums[1, 0]).item()
             if not good and math.isfinite(loss) and state.scaler.is_enabled():
                 continue  # an fp16 overflow, which halves the scale: the same rate again
             average = smoothing * average + (1 - smoothing) * loss
@@ -743,6 +823,130 @@ def sweep(state, run):
     return rates, losses, found
 
 
+# ------------------------------------------------------------------------------- model families
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between kinds of data: functions of the config, of the `Data` and of a checkpoint's metadata."""
+
+    load: Callable  # (config) -> Data
+    check: Callable  # (config, source): sets what the config left open, ValueError for what does not fit
+    arguments: Callable  # (config, source) -> the model's arguments
+    task: Callable  # (config) -> Task
+    prepare: Callable  # (meta, memory_format) -> function of a batch -> the model's input
+    augment: Callable  # (config, meta, memory_format) -> function of (batch, index, epoch) -> the model's input
+    order: Callable  # (config, split) -> function of the epoch -> the order of its samples
+    to_score: Callable  # (config, given flags) -> (Data, the name of the split that --evaluate scores, or None)
+    optimizer: str
+    prefers_bf16: Callable  # (model's name) -> whether an AMX CPU trains it faster so
+
+
+def image_task(config):
+    return Task(
+        loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"]),
+        measure=lambda logits, labels: {"accuracy": ((logits.argmax(1) == labels).sum(), len(labels))},
+        metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "acc {:6.2%}"},
+    )  # fmt: skip
+
+
+def load_images(config):
+    keys = ("image_size", "val_fraction", "max_samples", "seed", "cache_dir")
+    return data.load(config["data"], **{key: config[key] for key in keys})
+
+
+def held_out(config, given):
+    source = load_images(config)
+    return source, next((name for name in ("test", "val") if name in source.splits), None)
+
+
+def check_images(config, source):
+    """Mutates `config`: the flip where it is open; ValueError where a flag does not fit the images."""
+    size, channels = source.image_size, source.splits["train"].images.shape[-1]
+    least = 32 if config["model"] == "efficientnet_b0" else 24
+    if size < least:
+        raise ValueError(f"--image_size {size}: {config['model']} needs {least} px; give --image_size {least} or more")
+    if config["batch_size"] == 1 and size <= 32 and config["model"] == "efficientnet_b0":
+        raise ValueError("--batch_size 1: BatchNorm needs two values a channel at 32 px; give --batch_size 2 or more")
+    for flag in ("crop_padding", "cutout"):
+        if config[flag] >= size:
+            raise ValueError(f"--{flag} {config[flag]}: must be below the image size, {size}")
+    config["flip"] = channels >= 3 if config["flip"] is None else config["flip"]
+
+
+def image_augment(config, meta, memory_format):
+    settings = [config[name] for name in ("crop_padding", "flip", "min_crop_area", "cutout")]
+
+    def augment(images, index, epoch):
+        x = data.augment(images, index, config["seed"], epoch, meta["image_size"], meta["mean"], meta["std"], *settings)
+        return x.contiguous(memory_format=memory_format)
+
+    return augment
+
+
+def image_centre(meta, memory_format):
+    def prepare(images):
+        x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
+        return x.contiguous(memory_format=memory_format)
+
+    return prepare
+
+
+def shuffled(config, split):
+    return lambda epoch: data.epoch_order(len(split), config["seed"], epoch)
+
+
+IMAGES = Family(
+    load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
+    augment=image_augment, order=shuffled,
+    arguments=lambda config, source: (
+        {"stem_stride": models.stem_stride_for(source.image_size)} if config["model"] == "custom" else {}),
+    optimizer="adamw", prefers_bf16=lambda model: model == "custom",
+)  # fmt: skip
+
+
+def sudoku_task(config):
+    gamma, constraint = config["focal_gamma"], config["constraint_weight"]
+    return Task(
+        loss=lambda logits, labels: models.sudoku_loss(logits, labels[:, :81], gamma, constraint),
+        measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, items=lambda labels: (labels[:, :81] > 0).sum(),
+        monitor="solve_rate", unit="boards",
+        shown={"solve_rate": "solved {:6.2%}", "cell_accuracy": "cells {:6.2%}", "violations": "violations {:.2f}"},
+    )  # fmt: skip
+
+
+def load_puzzles(config):
+    return data.load_sudoku(*(config[key] for key in ("data", "val_fraction", "max_samples", "seed")))
+
+
+def puzzles_to_score(config, given):
+    """A puzzle file of --data is scored whole; else the run's own test or val split."""
+    if "data" not in given or Path(given["data"]).is_dir():
+        source = load_puzzles(config)
+        return source, next((name for name in ("test", "val") if name in source.splits), None)
+    return load_puzzles({**config, "val_fraction": 0.0}), "train"
+
+
+def puzzle_order(config, split):
+    if not config["curriculum"]:
+        return shuffled(config, split)
+    return lambda epoch: data.curriculum_order(split.labels[:, 81], config["seed"], epoch, config["epochs"])
+
+
+PUZZLES = Family(
+    load=load_puzzles, to_score=puzzles_to_score,
+    check=lambda config, source: None, task=sudoku_task, order=puzzle_order,
+    prepare=lambda meta, memory_format: lambda puzzles: puzzles,
+    augment=lambda config, meta, memory_format: lambda puzzles, index, epoch: puzzles,  # the network is equivariant
+    arguments=lambda config, source: {
+        **{name: config[name] for name in ("width", "hidden", "free_steps", "grad_steps")},
+        "message_steps": config["message_steps"] or 64},
+    optimizer="muon", prefers_bf16=lambda model: True,
+)  # fmt: skip
+
+FAMILIES = {"custom": IMAGES, "efficientnet_b0": IMAGES, "sudoku_gnn": PUZZLES}
+
+
 # ---------------------------------------------------------------------------- putting it together
 
 
@@ -758,8 +962,9 @@ class Run:
     val: data.Split | None
     fetch_train: Callable
     fetch_val: Callable | None
-    augment: Callable  # (images, index, epoch) -> inputs
-    prepare: Callable  # images -> inputs, for evaluation
+    order: Callable  # epoch -> order
+    augment: Callable  # (batch, index, epoch) -> inputs
+    prepare: Callable  # batch -> inputs, for evaluation
     schedule: Callable  # (step, cuts) -> (lr, momentum)
     meta: dict
     folder: Path | None = None
@@ -775,23 +980,32 @@ def prepare_run(config, fresh=True):
     device = utils.pick_device(config["device"])
     memory_format = pick_memory_format(config["channels_last"], device)
     torch.backends.cudnn.deterministic = True  # a resumed run is bitwise the one that was not stopped
-    dtype, reason = utils.pick_precision(config["amp"], device, config["model"] == "custom")
-    source = load_data(config)
-    config["image_size"], channels = source.image_size, source.splits["train"].images.shape[-1]
+    family = FAMILIES[config["model"]]
+    dtype, reason = utils.pick_precision(config["amp"], device, family.prefers_bf16(config["model"]))
+    source = family.load(config)
+    family.check(config, source)
+    config["image_size"] = source.image_size
     train, val = source.splits["train"], source.splits.get("val")
-    if config["model"] == "efficientnet_b0" and source.image_size < 32:
-        raise ValueError(f"--image_size {source.image_size}: efficientnet_b0 needs 32 px; give --image_size 32 or more")
-    if source.image_size < 24:
-        raise ValueError(f"--image_size {source.image_size}: custom needs 24 px; give --image_size 24 or more")
+    channels = train.images.shape[-1] if train.images.ndim == 4 else 1
+    task = family.task(config)
+    check_monitor(config, task, val is not None)
     if config["batch_size"] > len(train):
-        raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} images; give less")
-    if config["batch_size"] == 1 and source.image_size <= 32 and config["model"] == "efficientnet_b0":
-        raise ValueError("--batch_size 1: BatchNorm needs two values a channel at 32 px; give --batch_size 2 or more")
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else (source.mean, source.std)
+        raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
+    rgb_statistics = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else None
+    mean, std = rgb_statistics or (source.mean, source.std)
+    meta = {
+        "model": config["model"], "num_classes": len(source.classes), "in_channels": channels,
+        "arguments": family.arguments(config, source), "classes": source.classes, "image_size": source.image_size,
+        "mean": list(mean), "std": list(std),
+        "fingerprint": [*source.mean, *source.std, len(train), len(val or ()), zlib.crc32(train.labels.data)],
+        "source": {
+            "data": config["data"] and str(Path(config["data"]).expanduser().resolve()),
+            **{name: config[name] for name in ("val_fraction", "max_samples", "seed")},
+        },
+    }  # fmt: skip
 
     torch.manual_seed(config["seed"])
-    arguments = {"stem_stride": models.stem_stride_for(source.image_size)} if config["model"] == "custom" else {}
-    model = models.build_model(config["model"], len(source.classes), channels, **arguments)
+    model = models.build_model(config["model"], len(source.classes), channels, **meta["arguments"])
     if config["pretrained"] and fresh:
         try:
             models.load_backbone(model, pretrained_weights(config))
@@ -799,8 +1013,9 @@ def prepare_run(config, fresh=True):
             raise ValueError(f"--pretrained {config['pretrained']}: {error}") from None
     model.to(device, memory_format=memory_format)
 
+    config["optimizer"] = config["optimizer"] or family.optimizer
     if config["lr"] is None:
-        config["lr"] = 0.1 if config["optimizer"] == "sgd" else 0.003
+        config["lr"] = {"sgd": 0.1, "adamw": 0.003, "muon": 0.005}[config["optimizer"]]
     first_rate = 1e-3 if config["lr"] == "auto" else config["lr"]
     optimizer = build_optimizer(
         model, config["optimizer"], first_rate, config["weight_decay"], config["momentum"], device
@@ -813,37 +1028,14 @@ def prepare_run(config, fresh=True):
     total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
     if warmup_steps >= total_steps:
         raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
-    task = image_task(config["label_smoothing"])
-    check_monitor(config, task, val is not None)
-
-    padding = config["crop_padding"]
-    if padding >= source.image_size:
-        raise ValueError(f"--crop_padding {padding}: must be below the image size, {source.image_size}")
-    if config["cutout"] >= source.image_size:
-        raise ValueError(f"--cutout {config['cutout']}: must be below the image size, {source.image_size}")
-    flip = channels >= 3 if config["flip"] is None else config["flip"]
-    config["flip"] = flip
     budget = utils.free_bytes(device) // 4
     fetch_train = data.batches(train, config["batch_size"], device, budget, config["workers"])
     run = Run(
         config=config, task=task, device=device, dtype=dtype, train=train, val=val, fetch_train=fetch_train,
         fetch_val=data.batches(val, 2 * config["batch_size"], device, budget, config["workers"]) if val else None,
-        augment=lambda images, index, epoch: data.augment(
-            images, index, config["seed"], epoch, source.image_size, mean, std, padding, flip,
-            config["min_crop_area"], config["cutout"]).contiguous(memory_format=memory_format),
-        prepare=lambda images: data.centre(images, source.image_size, mean, std).contiguous(
-            memory_format=memory_format),
+        order=family.order(config, train), augment=family.augment(config, meta, memory_format),
+        prepare=family.prepare(meta, memory_format), meta=meta,
         schedule=lambda step, cuts: SCHEDULES[config["scheduler"]](config, step, total_steps, warmup_steps, cuts),
-        meta={
-            "model": config["model"], "num_classes": len(source.classes), "in_channels": channels,
-            "arguments": arguments, "classes": source.classes, "image_size": source.image_size,
-            "mean": list(mean), "std": list(std),
-            "fingerprint": [*source.mean, *source.std, len(train), len(val or ())],
-            "source": {
-                "data": config["data"] and str(Path(config["data"]).expanduser().resolve()),
-                **{name: config[name] for name in ("val_fraction", "max_samples", "seed")},
-            },
-        },
     )  # fmt: skip
     note = compile_forward(state, run) if config["compile"] else ""
 
@@ -857,7 +1049,7 @@ def prepare_run(config, fresh=True):
         f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
         f"{torch.get_num_threads()} threads | precision {precision} ({reason})",
         f"model      {config['model']}, {parameters:,} parameters{note}",
-        f"data       {source.description}, {len(source.classes)} classes, {source.image_size} px | "
+        f"data       {source.description} | "
         + ", ".join(counted(name) for name in ("train", "val", "test")),
         f"batch      {config['batch_size']} x {config['accumulation_steps']} accumulation x 1 process = {effective} | "
         f"{steps_an_epoch:,} steps an epoch, {config['epochs']} epochs, {total_steps:,} steps",
@@ -868,12 +1060,6 @@ def prepare_run(config, fresh=True):
 def pick_memory_format(channels_last, device):
     """channels_last where asked; not on MPS, where its backward is wrong (pytorch #175189, #175190)."""
     return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
-
-
-def load_data(config):
-    """The `Data` of the flags; a missing class or file ends as ValueError or OSError."""
-    keys = ("image_size", "val_fraction", "max_samples", "seed", "cache_dir")
-    return data.load(config["data"], **{key: config[key] for key in keys})
 
 
 def pretrained_weights(config):
@@ -972,10 +1158,12 @@ def main(argv=None):
     saved = None
     try:
         check_output(config)
+        for mode in READ_BY:
+            if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
+                raise ValueError(f"--{other[0]}: --{mode} takes it from the checkpoint; leave it out")
+        if config["predict"]:
+            return run_predict(config["predict"], config)
         if config["evaluate"]:
-            read = "evaluate output data cache_dir batch_size workers device amp channels_last".split()
-            if other := [key for key in given if key not in read]:
-                raise ValueError(f"--{other[0]}: --evaluate takes it from the checkpoint; leave it out")
             results = [run_evaluate(path, config, given) for path in config["evaluate"]]
             if config["output"]:
                 utils.write_json(config["output"], results[0] if len(results) == 1 else results)
@@ -1031,11 +1219,12 @@ def check_output(config):
     """ValueError unless --output can be written, in the form that its mode writes."""
     if config["output"] is None:
         return
-    if not (config["find_lr"] or config["evaluate"]):
-        raise ValueError("--output: only --find_lr and --evaluate write one; add one of them")
-    path, suffix = Path(config["output"]), ".csv" if config["find_lr"] else ".json"
-    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--output {path}: must be a {suffix} file in a folder that exists")
+    mode = next((mode for mode in OUTPUTS if config[mode]), None)
+    if mode is None:
+        raise ValueError("--output: only --find_lr, --evaluate and --predict write one; add one of them")
+    path = Path(config["output"])
+    if path.suffix not in OUTPUTS[mode] or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--output {path}: must be a {' or '.join(OUTPUTS[mode])} file in a folder that exists")
 
 
 def check_same_run(saved, run):
@@ -1058,40 +1247,108 @@ def report_find_lr(state, run, output):
     return 0
 
 
-def run_evaluate(path, config, given):
-    """{"checkpoint", "split", "samples", "loss", metrics…} of one checkpoint, on test or on val where none is."""
+def load_model(path, config):
+    """(model on the device in eval mode, its metadata, device, dtype) of a checkpoint; ValueError for a bad one."""
     found = utils.load_checkpoint(path)
     if "meta" not in found or "model" not in found:
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
-    meta = found["meta"]
-    stored = {**meta["source"], "image_size": meta["image_size"]}
-    # another --data is looked at as it is; another seed or fraction would score images that were trained on
-    source = load_data({**config, **stored, **({"data": given["data"]} if "data" in given else {})})
-    if source.classes != meta["classes"]:
-        raise ValueError(f"--data: its classes {source.classes[:5]} are not the checkpoint's {meta['classes'][:5]}")
-    name = next((split for split in ("test", "val") if split in source.splits), None)
-    if name is None:
-        raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
-    split, device = source.splits[name], utils.pick_device(config["device"])
-    if split.images.shape[-1] != meta["in_channels"]:
-        raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
-    dtype, _ = utils.pick_precision(config["amp"], device, meta["model"] == "custom")
+    meta, device = found["meta"], utils.pick_device(config["device"])
+    if config["message_steps"] and "message_steps" in meta["arguments"]:
+        meta["arguments"]["message_steps"] = config["message_steps"]
+    dtype, _ = utils.pick_precision(config["amp"], device, FAMILIES[meta["model"]].prefers_bf16(meta["model"]))
     model = models.build_model(meta["model"], meta["num_classes"], meta["in_channels"], **meta["arguments"])
     models.check_state_dict(model.state_dict(), found["model"])
     model.load_state_dict(found["model"])
-    memory_format = pick_memory_format(config["channels_last"], device)
-    model.to(device, memory_format=memory_format)
+    model.to(device, memory_format=pick_memory_format(config["channels_last"], device))
+    return model.eval(), meta, device, dtype
+
+
+def run_evaluate(path, config, given):
+    """{"checkpoint", "split", "samples", "loss", metrics…} of one checkpoint, on test or on val where none is."""
+    model, meta, device, dtype = load_model(path, config)
+    family = FAMILIES[meta["model"]]
+    stored = {**meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
+    # another --data is looked at as it is; another seed or fraction would score samples that were trained on
+    source, name = family.to_score({**config, **stored, **({"data": given["data"]} if "data" in given else {})}, given)
+    if source.classes != meta["classes"]:
+        raise ValueError(f"--data: its classes {source.classes[:5]} are not the checkpoint's {meta['classes'][:5]}")
+    if name is None:
+        raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
+    split = source.splits[name]
+    if split.images.ndim == 4 and split.images.shape[-1] != meta["in_channels"]:
+        raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
     batches = data.batches(split, 2 * config["batch_size"], device, utils.free_bytes(device) // 4, config["workers"])
+    prepare = family.prepare(meta, pick_memory_format(config["channels_last"], device))
+    task = family.task(config)
+    one = next(iter(batches(torch.arange(1))))
+    latency = statistics.median(timed(lambda: evaluate(model, [one], task, prepare, dtype)) for _ in range(7))
+    began = time.perf_counter()
+    result = evaluate(model, batches(torch.arange(len(split))), task, prepare, dtype)
+    speed = len(split) / (time.perf_counter() - began)
+    print(f"{path} on {len(split):,} samples ({name}): {metrics_line(result, task)}")
+    for level in data.LEVELS if "solve_rate" in result else ():
+        part = {key.removesuffix(f"_{level}"): value for key, value in result.items() if key.endswith(f"_{level}")}
+        if part:
+            print(f"  {level:<7}{metrics_line(part, task)}")
+    print(f"  {latency * 1e3:.1f} ms for one, {speed:,.0f} {task.unit}/s in batches of {2 * config['batch_size']}")
+    speeds = {"latency_ms": latency * 1e3, "samples_per_second": speed}
+    return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speeds}
 
 
-    def prepare(images):
-        x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
-        return x.contiguous(memory_format=memory_format)
+def run_predict(path, config):
+    """Solve the puzzles of --input with a Sudoku checkpoint: boards and verdicts printed, written to --output."""
+    if not config["input"]:
+        raise ValueError("--predict: needs --input FILE, a file of puzzles")
+    if not Path(config["input"]).is_file():
+        raise ValueError(f"--input {config['input']}: no such file; give a file of puzzles")
+    puzzles, _ = data.read_sudoku(config["input"])
+    if config["output"]:
+        data.sudoku_text(Path(config["output"]).suffix, puzzles[:2])  # refuses what an .sdk cannot hold, before the work
+    model, meta, device, dtype = load_model(path, config)
+    if meta["model"] != "sudoku_gnn":
+        raise ValueError(f"{path}: a {meta['model']}; --predict takes a sudoku_gnn checkpoint")
+    p = []
+    with torch.inference_mode(), autocast(device, dtype):
+        for part in tqdm(torch.from_numpy(puzzles).split(64), "predict", leave=False, disable=len(puzzles) <= 64):
+            p.append(model(part.to(device))[-1].float().softmax(-1).cpu())  # [B, 81, 9]
+    p = torch.cat(p).numpy()
+    boards = p.argmax(2).astype(np.uint8) + 1
+    alone = data.consistent(boards)  # every cell is filled and the clues are kept, so that the rules alone decide
+    verdicts = np.where(alone, "solved", "not solved").astype(object)
+    if config["search"]:
+        solutions, number, guesses = data.solve(puzzles, p)
+        _, _, unled = data.solve(puzzles)
+        boards[number > 0] = solutions[number > 0]
+        verdicts[:] = np.where(alone, "solved by the network alone", "solved by search")
+        verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: more than one solution"
+        verdicts = [f"{verdict}, {led:,} guesses, {plain:,} without the network"
+                    for verdict, led, plain in zip(verdicts, guesses, unled)]  # fmt: skip
+    for i in range(min(len(boards), SHOWN_BOARDS)):
+        print("\n".join([f"puzzle {i + 1}: {verdicts[i]}", *board_lines(boards[i], puzzles[i]), ""]))
+    if len(boards) > SHOWN_BOARDS:
+        print(f"... and {len(boards) - SHOWN_BOARDS:,} more; --output FILE holds all of them\n")
+    good = number == 1 if config["search"] else alone
+    print(f"{good.sum():,} of {len(boards):,} solved, {alone.sum():,} of them by the network alone in "
+          f"{meta['arguments']['message_steps']} steps")  # fmt: skip
+    if config["search"]:
+        print(f"guesses: {guesses.sum():,} led by the network, {unled.sum():,} without it")
+    if config["output"]:
+        text = data.sudoku_text(Path(config["output"]).suffix, puzzles, np.where(good[:, None], boards, 0))
+        utils.write_atomic(config["output"], text.encode())
+    return 0
 
-    result = evaluate(model, batches(torch.arange(len(split))), image_task(), prepare, dtype)
-    numbers = f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}"
-    print(f"{path} on {len(split):,} {name} images: {numbers}")
-    return {"checkpoint": path, "split": name, "samples": len(split), **result}
+
+def board_lines(board, puzzle):
+    """A board uint8 [81] as text: found digits bare, the puzzle's own in brackets."""
+    cells = [f"[{d}]" if clue else f" {d} " for d, clue in zip(board, puzzle)]
+    rows = ["|".join("".join(cells[9 * r + c : 9 * r + c + 3]) for c in (0, 3, 6)) for r in range(9)]
+    return [*rows[:3], "-" * 29, *rows[3:6], "-" * 29, *rows[6:]]
+
+
+def timed(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

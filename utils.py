@@ -241,6 +241,38 @@ def save_curve(path, x, y, marks):
     return True
 
 
+# ----------------------------------------------------------------------------------------- metrics
+
+SUDOKU_SCORES = ("solve_rate", "violations", "cell_accuracy", "confidence", "entropy")
+SUDOKU_METRICS = tuple(score + level for level in ("", "_easy", "_medium", "_hard") for score in SUDOKU_SCORES)
+
+
+def sudoku_metrics(logits, labels):
+    """{name of SUDOKU_METRICS: (sum, count)} of a batch, on its device, by the last of logits [S, B, 81, 9].
+
+    Labels are integer [B, 82]: the digit of each blank, 0 for a clue, and last the level, 0 easy to 2 hard.
+    Over boards: `solve_rate`, the share whose blanks are all right, and `violations`, the digits
+    missing in rows, columns and boxes. Over blanks: `cell_accuracy`, `confidence` (the largest
+    probability, mean) and `entropy` (nats, mean). Each overall and by level.
+    """
+    answers, level = labels[:, :81].long(), labels[:, 81]
+    log_p = logits[-1].float().log_softmax(-1)
+    confidence, digit = log_p.max(-1)
+    blank = answers > 0
+    right = (digit + 1 == answers) & blank
+    board = torch.nn.functional.one_hot(digit, 9).view(-1, 9, 9, 9)  # [B, row, column, digit]
+    boxes = board.view(-1, 3, 3, 3, 3, 9).sum((2, 4))
+    violations = sum((units == 0).flatten(1).sum(1) for units in (board.sum(1), board.sum(2), boxes))
+    blanks = blank.sum(1)
+    over_boards = ((right.sum(1) == blanks), violations)
+    over_blanks = (right, confidence.exp() * blank, -(log_p.exp() * log_p).sum(-1) * blank)
+    scores = torch.stack([*over_boards, *(score.sum(1) for score in over_blanks)]).float()  # [5, B]
+    counts = torch.stack([*[torch.ones_like(blanks)] * 2, *[blanks] * 3]).float()
+    chosen = torch.stack([torch.ones_like(level), *(level == i for i in range(3))]).float()  # [4, B]: all, easy …
+    pairs = zip((scores @ chosen.T).T.flatten(), (counts @ chosen.T).T.flatten())
+    return dict(zip(SUDOKU_METRICS, pairs))
+
+
 # ------------------------------------------------------------------------ device and memory probes
 
 
