@@ -228,14 +228,16 @@ def check_state_dict(own, weights):
 # ------------------------------------------------------------------------------------ Sudoku GNN
 
 
-def sudoku_segments():
-    """float [54, 81]: which cells lie in each segment of three, where a line meets a box.
+def sudoku_groups():
+    """float [81, 81]: which cells lie in each group: 54 segments of three, then 18 lines, then 9 boxes.
 
-    Rows of segments first, in the order (row, stack), then columns of them, (column, band).
+    A segment is where a line meets a box: those of rows in the order (row, stack), then those of
+    columns, (column, band). Lines are rows, then columns.
     """
     row, column = torch.arange(81) // 9, torch.arange(81) % 9
-    rows, columns = F.one_hot(row * 3 + column // 3, 27), F.one_hot(column * 3 + row // 3, 27)
-    return torch.cat([rows, columns], 1).T.float()
+    segments = row * 3 + column // 3, 27 + column * 3 + row // 3
+    groups = [*segments, 54 + row, 63 + column, 72 + row // 3 * 3 + column // 3]
+    return sum(F.one_hot(group, 81) for group in groups).T.float()
 
 
 class SudokuGNN(nn.Module):
@@ -273,15 +275,15 @@ class SudokuGNN(nn.Module):
         self.cell_in, self.cell_bias, self.cell_out = matrix(pooled, hidden), bias(hidden), matrix(hidden, hidden)
         self.node_in, self.node_bias, self.node_out = matrix(width, hidden), bias(hidden), matrix(hidden, width, 0.3)
         self.head = nn.Parameter(torch.zeros(width))
-        self.register_buffer("segments", sudoku_segments(), persistent=False)
+        self.register_buffer("groups", sudoku_groups(), persistent=False)
 
     def forward(self, puzzles):
         device = puzzles.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
         with torch.autocast(device, enabled=False):
             w = {name: p.to(dtype) for name, p in self.named_parameters()}
-            segments = self.segments.to(dtype).expand(9, 54, 81)
-            gather, spread = segments, segments.mT.contiguous()
+            gather = self.groups.to(dtype).expand(9, 81, 81)
+            spread = gather[:, :54].mT.contiguous()
             clue = puzzles.long().T[None] - torch.arange(1, 10, device=puzzles.device)[:, None, None]  # [9, 81, B]
             given = (puzzles > 0).T.expand(9, 81, len(puzzles))
             embedded = F.embedding(torch.where(given, 1 + (clue != 0), 0), w["embedding"])  # [9, 81, B, H]
@@ -303,16 +305,15 @@ class SudokuGNN(nn.Module):
         _, _, boards, width = x.shape
         hidden, pooled = w["node_in"].shape[1], w["pool"].shape[1]
         q = (x @ w["pool"]).clamp(max=10).exp()  # [9, 81, B, Q]; the bound is for fp16
-        segment = (gather @ q.view(9, 81, -1)).view(9, 2, 9, 3, boards, pooled)  # digit, row or column, line, its third
-        line, box, cell = segment.sum(3), segment[:, 0].view(9, 3, 3, 3, boards, pooled).sum(2), q.sum(0)
-        # log-sum-exp of each group, then what a segment makes of itself, its line and its box
-        box = box.log() @ w["box_in"]  # [9, band, stack, B, K]
-        line = line.log() @ w["line_in"]
-        segment = torch.addmm(w["segment_bias"], segment.log().view(-1, pooled), w["segment_in"])
+        groups = (gather @ q.view(9, 81, -1)).log().view(9, 81, boards, pooled)  # log-sum-exp
+        segment, line, box = groups.split((54, 18, 9), 1)
+        # what a segment makes of itself, its line and its box
+        segment, line, box = segment @ w["segment_in"], line @ w["line_in"], box @ w["box_in"] + w["segment_bias"]
+        box = box.view(9, 3, 3, boards, hidden)  # digit, band, stack
         segment = segment.view(9, 2, 3, 3, 3, boards, hidden) + line.view(9, 2, 3, 3, 1, boards, hidden)
         segment = segment + torch.stack([box, box.transpose(1, 2)], 1)[:, :, :, None]
         segment = segment.relu_().view(-1, hidden) @ w["segment_out"]
-        cell = torch.addmm(w["cell_bias"], cell.log().view(-1, pooled), w["cell_in"]).relu_()
+        cell = torch.addmm(w["cell_bias"], q.sum(0).log().view(-1, pooled), w["cell_in"]).relu_()
         cell = torch.addmm(w["node_bias"], cell, w["cell_out"])  # [81 B, K]
         # each candidate: its cell, its two segments, itself
         node = torch.baddbmm(cell.view(1, 81, -1), spread, segment.view(9, 54, -1))

@@ -281,8 +281,8 @@ class Task:
 
     `loss` is a *sum* over the items of the batch (a float32 scalar), which `items` counts. `measure`
     gives {name: (sum, how many it was summed over)}, each name of `metrics` if it can be there.
-    `monitor` is the metric that best.pt goes by, `shown` how the epoch line writes its metrics, `unit`
-    what a sample is called.
+    `monitor` is the metric that best.pt goes by, `shown` how logs format the metrics, `unit` what
+    samples are called.
     """
 
     loss: Callable
@@ -291,7 +291,7 @@ class Task:
     items: Callable = len
     monitor: str = "loss"
     shown: dict = field(default_factory=dict)
-    unit: str = "img"
+    unit: str = "samples"
 
 
 @dataclass
@@ -702,16 +702,21 @@ def epoch_line(row, task, epochs, new_best):
     for split in ("train", "val", "ema"):
         numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
         if numbers:
-            parts.append(f"{split} {metrics_line(numbers, task)}")
+            shown = numbers if split != "train" else {k: numbers[k] for k in ("loss", task.monitor) if k in numbers}
+            parts.append(f"{split} {metrics_line(shown, task)}")
     parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {task.unit}/s", f"lr {row['lr']:.2e}"]
     parts += [f"{row['bad_steps']} bad steps"] * bool(row["bad_steps"]) + ["new best"] * new_best
     return " | ".join(parts)
 
 
 def metrics_line(numbers, task):
-    """The loss and the metrics that `task.shown` names, briefly, of {name: number}."""
-    forms = {"loss": "loss {:.4f}", **task.shown}
-    return " ".join(form.format(numbers[name]) for name, form in forms.items() if name in numbers)
+    """The loss and the metrics that `task.shown` formats, of {name: number}, each with its levels where it has them."""
+    parts = []
+    for name, form in {"loss": "{:.4f}", **task.shown}.items():
+        if name in numbers:
+            levels = [f"{k[len(name) + 1:]} {form.format(v)}" for k, v in numbers.items() if k.startswith(f"{name}_")]
+            parts.append(f"{name} {form.format(numbers[name])}" + (f" ({', '.join(levels)})" if levels else ""))
+    return ", ".join(parts)
 
 
 def higher_is_better(monitor):
@@ -846,7 +851,7 @@ def image_task(config):
     return Task(
         loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"]),
         measure=lambda logits, labels: {"accuracy": ((logits.argmax(1) == labels).sum(), len(labels))},
-        metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "acc {:6.2%}"},
+        metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "{:.2%}"}, unit="images",
     )  # fmt: skip
 
 
@@ -911,7 +916,8 @@ def sudoku_task(config):
         loss=lambda logits, labels: models.sudoku_loss(logits, labels[:, :81], gamma, constraint),
         measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, items=lambda labels: (labels[:, :81] > 0).sum(),
         monitor="solve_rate", unit="boards",
-        shown={"solve_rate": "solved {:6.2%}", "cell_accuracy": "cells {:6.2%}", "violations": "violations {:.2f}"},
+        shown={"solve_rate": "{:.2%}", "cell_accuracy": "{:.2%}", "violations": "{:.2f}", "confidence": "{:.3f}",
+               "entropy": "{:.3f}"},
     )  # fmt: skip
 
 
@@ -986,7 +992,7 @@ def prepare_run(config, fresh=True):
     family.check(config, source)
     config["image_size"] = source.image_size
     train, val = source.splits["train"], source.splits.get("val")
-    channels = train.images.shape[-1] if train.images.ndim == 4 else 1
+    channels = (*train.images.shape[3:], 1)[0]  # of images [N, H, W, C]; puzzles are [N, 81]
     task = family.task(config)
     check_monitor(config, task, val is not None)
     if config["batch_size"] > len(train):
@@ -1275,7 +1281,7 @@ def run_evaluate(path, config, given):
     if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
     split = source.splits[name]
-    if split.images.ndim == 4 and split.images.shape[-1] != meta["in_channels"]:
+    if len(split.images.shape) == 4 and split.images.shape[-1] != meta["in_channels"]:
         raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
     batches = data.batches(split, 2 * config["batch_size"], device, utils.free_bytes(device) // 4, config["workers"])
     prepare = family.prepare(meta, pick_memory_format(config["channels_last"], device))
@@ -1285,11 +1291,7 @@ def run_evaluate(path, config, given):
     began = time.perf_counter()
     result = evaluate(model, batches(torch.arange(len(split))), task, prepare, dtype)
     speed = len(split) / (time.perf_counter() - began)
-    print(f"{path} on {len(split):,} samples ({name}): {metrics_line(result, task)}")
-    for level in data.LEVELS if "solve_rate" in result else ():
-        part = {key.removesuffix(f"_{level}"): value for key, value in result.items() if key.endswith(f"_{level}")}
-        if part:
-            print(f"  {level:<7}{metrics_line(part, task)}")
+    print(f"{path} on {len(split):,} {name} {task.unit}: {metrics_line(result, task)}")
     print(f"  {latency * 1e3:.1f} ms for one, {speed:,.0f} {task.unit}/s in batches of {2 * config['batch_size']}")
     speeds = {"latency_ms": latency * 1e3, "samples_per_second": speed}
     return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speeds}

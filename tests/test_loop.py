@@ -27,7 +27,8 @@ def make_window(sizes, dtype=torch.float64, seed=1):
 
 TASK = train.Task(
     loss=lambda y, t: nn.functional.cross_entropy(y, t, reduction="sum"),
-    metrics={"accuracy": lambda y, t: (y.argmax(1) == t).sum()},
+    measure=lambda y, t: {"accuracy": ((y.argmax(1) == t).sum(), len(t))},
+    metrics=("accuracy",),
 )
 step = partial(train.train_step, task=TASK, augment=lambda images, index: images)
 
@@ -47,7 +48,7 @@ def test_masked_items_weigh_alike_across_a_ragged_window():
     """A task whose items are not samples (as blank cells are): one big batch again."""
     masked = train.Task(
         loss=lambda y, t: nn.functional.cross_entropy(y, t, ignore_index=0, reduction="sum"),
-        metrics={}, items=lambda t: (t != 0).sum(),
+        items=lambda t: (t != 0).sum(),
     )  # fmt: skip
     whole, parts, window = make_state(), make_state(), make_window([3, 6, 2])
     train.train_step(whole, [tuple(torch.cat(c) for c in zip(*window))], masked, lambda x, i: x)
@@ -97,7 +98,7 @@ def test_one_batch_overfits_and_noise_without_inputs_does_not():
     for _ in range(150):
         sums = step(state, window)[0]
         blind_sums = step(blind, [(torch.zeros_like(x), t, i) for x, t, i in window])[0]
-    assert sums[0] / sums[-1] < 0.01 < 0.5 < blind_sums[0] / blind_sums[-1]
+    assert sums[0, 0] / sums[1, 0] < 0.01 < 0.5 < blind_sums[0, 0] / blind_sums[1, 0]
 
 
 def test_ema_has_its_closed_form():

@@ -101,7 +101,7 @@ def test_timm_names_map_onto_every_tensor():
     assert model.timm_to_torchvision("blocks.0.0.conv_pw.weight") == "features.1.0.block.2.0.weight"
 
 
-@pytest.mark.parametrize("name", list(model.MODELS))
+@pytest.mark.parametrize("name", ["custom", "efficientnet_b0"])
 def test_initial_loss_is_log_classes(name):
     net = model.build_model(name, 7)
     loss = model.image_loss(net(torch.randn(4, 3, 32, 32)), torch.tensor([0, 3, 5, 6])) / 4
@@ -117,12 +117,12 @@ def test_custom_has_4_7_million_parameters_and_takes_any_size():
 
 @pytest.mark.parametrize("name", list(model.MODELS))
 def test_parameter_groups_partition_the_model(name):
-    net = model.build_model(name, 10)
+    net = model.build_model(name, 9)
     decay, rest = model.parameter_groups(net, 0.1)
     ids = [id(p) for group in (decay, rest) for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in net.parameters()) and len(set(ids)) == len(ids)
     assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
-    assert {id(p) for p in rest["params"]} == {id(p) for n, p in net.named_parameters() if p.ndim == 1}
+    assert {id(p) for p in rest["params"]} == {id(p) for n, p in net.named_parameters() if p.ndim == 1 or n == "embedding"}
 
 
 def test_stochastic_depth_drops_whole_rows_and_keeps_the_mean():

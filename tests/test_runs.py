@@ -51,7 +51,7 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-TIMED = ("seconds", "images_per_second")
+TIMED = ("seconds", "samples_per_second")
 
 
 def same_outcome(a, b):
@@ -473,7 +473,7 @@ BAD_FLAGS = {
     "--run_name a/b": "--run_name: must be",
     "--run_name CON": "reserved name",
     "--run_name " + "x" * 65: "1 to 64",
-    "--batch_size 4000": "the training split has 3000 images",
+    "--batch_size 4000": "the training split has 3000 samples",
     "--device cuda:99": "--device cuda:99",
     "--device tpu": "--device tpu",
     "--amp maybe": "--amp: invalid choice",
@@ -496,7 +496,7 @@ BAD_FLAGS = {
     "--find_lr --output a.png": "must be a .csv file",
     "--evaluate a.pt --output a.csv": "must be a .json file",
     "--data=": "is empty",
-    "--output a.json": "only --find_lr and --evaluate write one",
+    "--output a.json": "only --find_lr, --evaluate and --predict write one",
 }
 
 
