@@ -12,6 +12,7 @@ file imports torch, numpy, tqdm and the standard library only (image folders nee
 
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import signal
@@ -544,16 +545,21 @@ def sweep(masks):
     return np.where(alone != 0, alone, rest), single.all(0), broken
 
 
-def propagate(masks):
-    """Mutates masks uint16 [81, N]: naked and hidden singles until nothing changes. (solved, broken) bool [N]."""
+def propagate(masks, goal=None):
+    """Mutates masks uint16 [81, N]: naked and hidden singles until nothing changes. (solved, broken) bool [N].
+
+    With `goal` (a cell for each puzzle) it stops where that cell is found, and that is what solved means.
+    """
     solved, broken = np.zeros((2, masks.shape[1]), bool)
     active = np.arange(masks.shape[1])
     while len(active):
         before = masks[:, active]
         after, single, bad = sweep(before)
         masks[:, active] = after
+        if goal is not None:
+            single = COUNT[after[goal[active], np.arange(len(active))]] == 1
         solved[active], broken[active] = single & ~bad, bad
-        active = active[(after != before).any(0) & ~bad]
+        active = active[(after != before).any(0) & ~bad & ~(single & (goal is not None))]
     return solved, broken
 
 
@@ -562,22 +568,28 @@ def digits_of(masks):
     return np.where(COUNT[masks] == 1, COUNT[masks - (masks > 0)] + 1, 0).astype(np.uint8).T
 
 
-def solve(puzzles, preference=None, limit=2, max_guesses=10**6, chunk=2048):
-    """Depth-first search with singles between guesses, over all of uint8 [N, 81] at once.
+def solve(puzzles, preference=None, limit=2, max_guesses=10**6):
+    """`search` from the clues of uint8 [N, 81]."""
+    return search(BITS[puzzles], preference, limit, max_guesses)
+
+
+def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
+    """Depth-first search with singles between guesses, over all candidates uint16 [N, 81] at once.
 
     A guess is the open cell and digit with the highest `preference` (float [N, 81, 9], such as a
     network's probabilities), without one the lowest digit of a cell with the fewest left. Returns
     (first solutions uint8 [N, 81], zeros where there is none; solutions found int64 [N], at most `limit`, so
     that 1 of 2 proves uniqueness; guesses int64 [N] up to the first solution, or to the proof of none).
     """
-    count = len(puzzles)
+    count = len(masks)
     if count > chunk:
         parts = [slice(i, i + chunk) for i in range(0, count, chunk)]
-        found = [solve(puzzles[p], None if preference is None else preference[p], limit, max_guesses) for p in parts]
+        led = [None if preference is None else preference[part] for part in parts]
+        found = [search(masks[part], lead, limit, max_guesses) for part, lead in zip(parts, led)]
         return tuple(np.concatenate(arrays) for arrays in zip(*found))
     solutions = np.zeros((count, 81), np.uint8)
     number, guesses, tried, depth = np.zeros((4, count), np.int64)
-    stack = [BITS[puzzles]]  # a level: [N, 81] masks; each puzzle's own top is at its depth
+    stack = [masks.copy()]  # a level: [N, 81]; each puzzle's own top is at its depth
     while len(active := np.flatnonzero((depth >= 0) & (number < limit) & (tried < max_guesses))):
         masks = np.empty((81, len(active)), np.uint16)
         for level in np.unique(depth[active]):
@@ -632,38 +644,44 @@ def generate(count, level, seed=0):
     until singles no longer do. The first puzzles are the same whatever the count.
     """
     found, seen, total = [], set(), 0
-    for block in range(1_000_000):
-        if total >= count:
-            break
-        rng = np.random.default_rng(mix(seed, LEVELS.index(level), block))
-        puzzles, solutions = dig(level, rng)
+    for block in itertools.count():
+        puzzles, solutions = dig(level, np.random.default_rng(mix(seed, LEVELS.index(level), block)))
         fresh = [i for i, row in enumerate(puzzles) if not (row.tobytes() in seen or seen.add(row.tobytes()))]
         found.append((puzzles[fresh], solutions[fresh]))
         total += len(fresh)
-    return tuple(np.concatenate(arrays)[:count] for arrays in zip(*found))
+        if total >= count:
+            return tuple(np.concatenate(arrays)[:count] for arrays in zip(*found))
 
 
-def dig(level, rng, size=1024):
+def dig(level, rng, size=2048):
     """About `size` (puzzles, solutions) of one level, as `generate` says."""
-    solutions, found, _ = solve(np.zeros((size, 81), np.uint8), rng.random((size, 81, 9), np.float32), 1, 100)
+    puzzles = np.zeros((size, 9, 9), np.uint8)
+    for i in (0, 3, 6):  # boxes that share no line can be filled at random; the search fills the rest
+        puzzles[:, i : i + 3, i : i + 3] = rng.permuted(np.tile(np.arange(1, 10), (size, 1)), axis=1).reshape(-1, 3, 3)
+    solutions, found, _ = solve(puzzles.reshape(-1, 81), rng.random((size, 81, 9), np.float32), 1, max_guesses=40)
     solutions = solutions[found == 1]  # the rest ran into long searches
-    size = len(solutions)
-    order = rng.random((size, 81)).argsort(1)  # clues go in this order
-    low, high = {"easy": (EASY_CLUES, 46), "medium": (27, EASY_CLUES), "hard": (20, 29)}[level]
-    target = rng.integers(low, high, size)
+    order = rng.random(solutions.shape).argsort(1)  # clues go in this order
     puzzles = solutions.copy()
-    np.put_along_axis(puzzles, order[:, : 81 - 45], 0, 1)  # 45 clues: nearly always enough, checked at the end
-    rows = np.arange(size)
-    for place in range(81 - 45, 81):
-        cell = order[:, place]
-        wanted = (puzzles > 0).sum(1) > target
-        trial = puzzles[wanted]
-        trial[np.arange(len(trial)), cell[wanted]] = 0
-        good, _ = propagate(np.ascontiguousarray(BITS[trial].T))
-        if level == "hard":
-            good[~good] = solve(trial[~good])[1] == 1
-        puzzles[rows[wanted][good], cell[wanted][good]] = 0
-    kept = (grade(puzzles) == LEVELS.index(level)) & (solve(puzzles)[1] == 1)
+    np.put_along_axis(puzzles, order[:, :30], 0, 1)
+    enough = grade(puzzles) < 2  # 51 clues nearly always are
+    solutions, puzzles, order, singles = solutions[enough], puzzles[enough], order[enough], np.ones(enough.sum(), bool)
+    low, high = {"easy": (EASY_CLUES, 46), "medium": (27, EASY_CLUES), "hard": (20, 29)}[level]
+    target = rng.integers(low, high, len(solutions))
+    for cell in order[:, 30:].T:
+        clues = (puzzles > 0).sum(1)
+        wanted = np.flatnonzero((clues > target) | (singles & (level == "hard")))
+        trial = BITS[puzzles[wanted]]
+        trial[np.arange(len(wanted)), cell[wanted]] = 511
+        # clues that singles find again were not needed: the rest is solved as it was
+        good, _ = propagate(np.ascontiguousarray(trial.T), cell[wanted])
+        if level == "hard":  # still unique where no other digit in this cell leads to a solution
+            doubtful = np.flatnonzero(~good)
+            other = trial[doubtful]
+            other[np.arange(len(doubtful)), cell[wanted[doubtful]]] &= ~BITS[solutions[wanted, cell[wanted]][doubtful]]
+            good[doubtful] = search(other, limit=1)[1] == 0
+            singles[wanted[doubtful[good[doubtful]]]] = False  # for good: fewer clues help no single
+        puzzles[wanted[good], cell[wanted[good]]] = 0
+    kept = grade(puzzles) == LEVELS.index(level)
     return puzzles[kept], solutions[kept]
 
 
@@ -673,7 +691,7 @@ CELL[np.frombuffer(b"123456789", np.uint8)] = np.arange(1, 10)
 PUZZLE_COLUMNS, SOLUTION_COLUMNS = ("puzzle", "puzzles", "quizzes", "question"), ("solution", "solutions", "answer")
 
 
-def read_sudoku(path, block_bytes=2**25):
+def read_sudoku(path, block_bytes=2**22):
     """(puzzles uint8 [N, 81], solutions uint8 [N, 81] or None) of a file, its format known by its content.
 
     CSV with puzzle and solution columns (Kaggle's, RRN's without a header, Sudoku-Extreme's), one
@@ -691,14 +709,14 @@ def read_sudoku(path, block_bytes=2**25):
             if b"," not in first and len(first) != 81:
                 return read_board(path, head), None
             columns, skip = sudoku_columns(path, first)
-            blocks, line, rest = [], 1 + skip, head.split(b"\n", 1)[1] if skip and b"\n" in head else head
-            rest = b"" if skip and b"\n" not in head else rest
-            while rest:
-                more = file.read(block_bytes)
-                whole, _, rest = (rest + more).rpartition(b"\n") if more else (rest, b"", b"")
-                if whole.strip():
-                    blocks.append(read_rows(path, whole, line, columns))
-                line += whole.count(b"\n") + 1
+            line, rest, blocks = 1 + skip, head.partition(b"\n")[2] if skip else head, []
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # parses while the next block is read
+                while (more := file.read(block_bytes)) or rest:
+                    whole, _, rest = (rest + more).rpartition(b"\n") if more else (rest, b"", b"")
+                    if whole.strip():
+                        blocks.append(pool.submit(read_rows, path, whole, line, columns))
+                    line += whole.count(b"\n") + 1
+                blocks = [block.result() for block in blocks]
     except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch the file again") from None
     if not blocks:
@@ -712,7 +730,8 @@ def sudoku_columns(path, first):
     cells = [len(name) == 81 and (CELL[list(name.encode()[:81])] < 10).all() for name in names]
     if any(cells):  # RRN's files, and one puzzle a line
         index = [i for i, is_grid in enumerate(cells) if is_grid]
-        return (index[0], index[1] if len(index) > 1 else None, len(names)), False
+        complete = [i for i in index[1:] if not set(names[i]) & set("0.xX*_")]
+        return (index[0], complete[0] if complete else None, len(names)), False
     puzzle, solution = (
         next((i for i, name in enumerate(names) if name in known), None) for known in (PUZZLE_COLUMNS, SOLUTION_COLUMNS)
     )
@@ -792,11 +811,14 @@ def check_grids(path, numbers, puzzles, solutions):
 
 def consistent(grids):
     """bool [N]: whether no row, column or box of uint8 [N, 81] has a digit twice (blanks aside)."""
-    bits = np.where(grids > 0, BITS[grids], np.uint16(0)).T
     good = np.ones(len(grids), bool)
-    for units in UNITS:
-        cells = bits[units]
-        good &= (np.bitwise_or.reduce(cells, 1) == cells.sum(1, dtype=np.uint16)).all(0)
+    for start in range(0, len(grids), 4096):  # in cache
+        part = grids[start : start + 4096]
+        bits = np.ascontiguousarray((BITS[part] & 511 * (part > 0).astype(np.uint16)).T)
+        for units in UNITS:
+            cells = bits[units]
+            fine = np.bitwise_or.reduce(cells, 1) == np.add.reduce(cells, 1, dtype=np.uint16)
+            good[start : start + 4096] &= fine.all(0)
     return good
 
 
@@ -819,7 +841,7 @@ def sudoku_text(suffix, puzzles, solutions=None):
 
 
 
-GENERATED = {"train": (4000, 0), "val": (150, 1), "test": (300, 2)}  # puzzles of each level, and the seed
+GENERATED = {"train": (4000, 4000, 300), "val": (150, 150, 100), "test": (300, 300, 100)}  # of each level
 
 
 def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0):
@@ -868,8 +890,9 @@ def read_splits(source):
     """{split: (puzzles, solutions)} of a file (all train), a folder of train, val and test files, or generated."""
     if source is None:
         generated = {}
-        for name, (count, seed) in GENERATED.items():
-            generated[name] = tuple(map(np.concatenate, zip(*(generate(count, level, seed) for level in LEVELS))))
+        for seed, (name, counts) in enumerate(GENERATED.items()):
+            levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
+            generated[name] = tuple(np.concatenate(grids) for grids in zip(*levels))
         return generated
     path = Path(source).expanduser()
     if not path.exists():

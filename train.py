@@ -49,6 +49,9 @@ READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
     "evaluate": "evaluate output data cache_dir batch_size workers device amp channels_last message_steps".split(),
     "predict": "predict input search output device amp message_steps".split(),
 }
+OF_IMAGES = ("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained")
+OF_SUDOKU = ("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
+             "curriculum")  # fmt: skip
 OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
 WEIGHTS = Path(__file__).with_name("weights") / "sudoku.pt"  # what --predict takes where no checkpoint is named
 SHOWN_BOARDS = 100
@@ -1167,6 +1170,9 @@ def main(argv=None):
         for mode in READ_BY:
             if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
                 raise ValueError(f"--{other[0]}: --{mode} takes it from the checkpoint; leave it out")
+        for key in ("input", "search"):
+            if config[key] and not config["predict"]:
+                raise ValueError(f"--{key}: needs --predict")
         if config["predict"]:
             return run_predict(config["predict"], config)
         if config["evaluate"]:
@@ -1174,6 +1180,9 @@ def main(argv=None):
             if config["output"]:
                 utils.write_json(config["output"], results[0] if len(results) == 1 else results)
             return 0
+        sudoku = FAMILIES[config["model"]] is PUZZLES
+        if other := [key for key in given if key in (OF_IMAGES if sudoku else OF_SUDOKU) and config["resume"] is None]:
+            raise ValueError(f"--{other[0]}: is for {'images' if sudoku else 'sudoku_gnn'}, the model is {config['model']}")
         if config["resume"] is not None:
             folder = find_run(config["resume"] or config["run_name"])
             config = resumed_config(folder, config, given)
@@ -1305,7 +1314,7 @@ def run_predict(path, config):
         raise ValueError(f"--input {config['input']}: no such file; give a file of puzzles")
     puzzles, _ = data.read_sudoku(config["input"])
     if config["output"]:
-        data.sudoku_text(Path(config["output"]).suffix, puzzles[:2])  # refuses what an .sdk cannot hold, before the work
+        data.sudoku_text(Path(config["output"]).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
     model, meta, device, dtype = load_model(path, config)
     if meta["model"] != "sudoku_gnn":
         raise ValueError(f"{path}: a {meta['model']}; --predict takes a sudoku_gnn checkpoint")
