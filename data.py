@@ -653,8 +653,9 @@ def generate(count, level, seed=0):
             return tuple(np.concatenate(arrays)[:count] for arrays in zip(*found))
 
 
-def dig(level, rng, size=2048):
-    """About `size` (puzzles, solutions) of one level, as `generate` says."""
+def dig(level, rng):
+    """Some 1,500 (puzzles, solutions) of one level, 250 of hard ones, as `generate` says."""
+    size = 512 if level == "hard" else 2048
     puzzles = np.zeros((size, 9, 9), np.uint8)
     for i in (0, 3, 6):  # boxes that share no line can be filled at random; the search fills the rest
         puzzles[:, i : i + 3, i : i + 3] = rng.permuted(np.tile(np.arange(1, 10), (size, 1)), axis=1).reshape(-1, 3, 3)
@@ -844,7 +845,7 @@ def sudoku_text(suffix, puzzles, solutions=None):
 GENERATED = {"train": (4000, 4000, 300), "val": (150, 150, 100), "test": (300, 300, 100)}  # of each level
 
 
-def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0):
+def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=".cache"):
     """The `Data` of Sudoku puzzles: a file, a folder of train and perhaps val and test files, or None: generated.
 
     Images are puzzles uint8 [N, 81], 0 a blank. Labels are uint8 [N, 82]: the digit of a blank and 0
@@ -852,7 +853,7 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0):
     with a training puzzle, up to every symmetry of Sudoku (`symmetry_class`). Repeated puzzles are
     dropped and counted; ValueError for a puzzle in both train and val.
     """
-    sets, notes = read_splits(source), []
+    sets, notes = (generated(Path(cache_dir)) if source is None else read_splits(source)), []
     for name, (puzzles, solutions) in sets.items():
         kept = np.sort(np.unique(row_hash(puzzles), return_index=True)[1])
         notes += [f"{len(puzzles) - len(kept):,} duplicates dropped from {name}"] * (len(kept) < len(puzzles))
@@ -867,7 +868,7 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0):
         if len(twins):
             raise ValueError(f"{source}: puzzle {twins[0] + 1} of {name} stands in train too; remove it from one")
         apart = ~np.isin(symmetry_class(sets[name][1]), classes)
-        notes += [f"{(~apart).sum():,} of {name} dropped, their solutions are train's"] * (not apart.all())
+        notes += [f"{(~apart).sum():,} of {name} dropped, solved like one of train up to symmetry"] * (not apart.all())
         sets[name] = tuple(grids[apart] for grids in sets[name])
         if not apart.any():
             raise ValueError(f"{source}: every solution of {name} is one of train's, up to symmetry; give others")
@@ -886,14 +887,26 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0):
     return Data(splits, [str(digit) for digit in range(1, 10)], 9, "; ".join([name, *notes]))
 
 
+def generated(cache_dir):
+    """{split: (puzzles, solutions)} of GENERATED, kept in `cache_dir` once they are made."""
+    path = cache_dir / f"sudoku-{mix(*GENERATED.items(), 'generator 1'):x}.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as kept:
+            return {name: (kept[f"{name}_puzzles"], kept[f"{name}_solutions"]) for name in GENERATED}
+    sets = {}
+    for seed, (name, counts) in enumerate(GENERATED.items()):
+        levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
+        sets[name] = tuple(np.concatenate(grids) for grids in zip(*levels))
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
+    arrays = {f"{name}_puzzles": puzzles for name, (puzzles, _) in sets.items()}
+    np.savez(partial, **arrays, **{f"{name}_solutions": solutions for name, (_, solutions) in sets.items()})
+    os.replace(partial, path)
+    return sets
+
+
 def read_splits(source):
-    """{split: (puzzles, solutions)} of a file (all train), a folder of train, val and test files, or generated."""
-    if source is None:
-        generated = {}
-        for seed, (name, counts) in enumerate(GENERATED.items()):
-            levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
-            generated[name] = tuple(np.concatenate(grids) for grids in zip(*levels))
-        return generated
+    """{split: (puzzles, solutions)} of a file (all of it train) or of a folder of train, val and test files."""
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"--data {source}: no such file or folder; give a puzzle file, or leave the flag out")

@@ -925,7 +925,7 @@ def sudoku_task(config):
 
 
 def load_puzzles(config):
-    return data.load_sudoku(*(config[key] for key in ("data", "val_fraction", "max_samples", "seed")))
+    return data.load_sudoku(*(config[key] for key in ("data", "val_fraction", "max_samples", "seed", "cache_dir")))
 
 
 def puzzles_to_score(config, given):
@@ -1182,7 +1182,8 @@ def main(argv=None):
             return 0
         sudoku = FAMILIES[config["model"]] is PUZZLES
         if other := [key for key in given if key in (OF_IMAGES if sudoku else OF_SUDOKU) and config["resume"] is None]:
-            raise ValueError(f"--{other[0]}: is for {'images' if sudoku else 'sudoku_gnn'}, the model is {config['model']}")
+            kind = "images" if sudoku else "sudoku_gnn"
+            raise ValueError(f"--{other[0]}: is for {kind}, the model is {config['model']}")
         if config["resume"] is not None:
             folder = find_run(config["resume"] or config["run_name"])
             config = resumed_config(folder, config, given)

@@ -181,7 +181,7 @@ def test_every_format_that_users_have_is_recognised_by_its_content(tmp_path, mad
 
 BOARD = [ROYLE[0][i : i + 9].replace("0", ".") for i in range(0, 81, 9)]
 BOARDS = {
-    "sadman": "#A Author\n#D Title, with a comma\n[Puzzle]\n" + "\n".join(BOARD) + "\n[State]\n" + "\n".join(["1" * 9] * 9),
+    "sadman": "\n".join(["#A Author", "#D Title, with a comma", "[Puzzle]", *BOARD, "[State]", *["1" * 9] * 9]),
     "sudocue": "#AMe\n#D1\n" + "\n".join(BOARD) + "\n",
     "bare": "\r\n".join(BOARD),
     "ss": "\n".join(
@@ -286,13 +286,11 @@ def write_csv(path, puzzles, solutions):
 
 def test_validation_never_shares_a_solution_up_to_symmetry(tmp_path, made):
     puzzles, solutions = made["easy"]
-    moved = [random_symmetries(np.stack([p, s]), seed=i) for i, (p, s) in enumerate(zip(puzzles, solutions))]
     twins = []
     for i, (p, s) in enumerate(zip(puzzles, solutions)):  # a symmetric twin of every puzzle
         cells, digits = (t.expand(2, -1) for t in data.sudoku_symmetry(torch.tensor([i]), 1, 0))
         twins.append(data.transform_sudoku(torch.from_numpy(np.stack([p, s])), cells, digits).numpy())
     twins = np.stack(twins)
-    assert len(moved) == len(twins)
     write_csv(tmp_path / "a.csv", *(np.concatenate([a, twins[:, i]]) for i, a in enumerate((puzzles, solutions))))
     found = data.load_sudoku(tmp_path / "a.csv", val_fraction=0.2)
     train_split, val = found.splits["train"], found.splits["val"]
@@ -305,7 +303,7 @@ def test_validation_never_shares_a_solution_up_to_symmetry(tmp_path, made):
 
 def test_a_folder_of_splits_is_kept_apart_and_duplicates_are_reported(tmp_path, made):
     puzzles, solutions = made["medium"]
-    write_csv(tmp_path / "train.csv", np.concatenate([puzzles[:40], puzzles[:5]]), np.concatenate([solutions[:40]] + [solutions[:5]]))
+    write_csv(tmp_path / "train.csv", *(np.concatenate([grids[:40], grids[:5]]) for grids in (puzzles, solutions)))
     write_csv(tmp_path / "valid.csv", puzzles[40:], solutions[40:])
     found = data.load_sudoku(tmp_path)
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 40, "val": 20}
@@ -313,8 +311,9 @@ def test_a_folder_of_splits_is_kept_apart_and_duplicates_are_reported(tmp_path, 
     write_csv(tmp_path / "valid.csv", puzzles[39:], solutions[39:])
     with pytest.raises(ValueError, match="puzzle 1 of val stands in train too"):
         data.load_sudoku(tmp_path)
-    emptied = np.where(np.arange(81) < 80, solutions[:1], 0).astype(np.uint8)  # another puzzle of train's first solution
-    write_csv(tmp_path / "valid.csv", np.concatenate([emptied, puzzles[40:]]), np.concatenate([solutions[:1], solutions[40:]]))
+    other = np.where(np.arange(81) < 80, solutions[:1], 0).astype(np.uint8)  # a puzzle of train's first solution
+    pairs = (other, puzzles[40:]), (solutions[:1], solutions[40:])
+    write_csv(tmp_path / "valid.csv", *map(np.concatenate, pairs))
     assert "1 of val dropped" in data.load_sudoku(tmp_path).description
 
 
@@ -455,7 +454,7 @@ def test_metrics_against_a_plain_loop(made):
 
 # ------------------------------------------------------------------------------------ runs and --predict
 
-SMALL = "--model sudoku_gnn --width 8 --hidden 8 --free_steps 2 --grad_steps 2 --message_steps 3 --batch_size 8 --device cpu"
+SMALL = "--model sudoku_gnn --width 8 --hidden 8 --free_steps 2 --grad_steps 2 --message_steps 3 --batch_size 8"
 
 
 @pytest.fixture
@@ -466,7 +465,9 @@ def puzzle_file(tmp_path, monkeypatch, made):
     return "p.csv"
 
 
-@pytest.mark.parametrize("flags", ["", "--curriculum --ema_decay 0.9 --amp bf16", "--optimizer adamw --accumulation_steps 2"])
+@pytest.mark.parametrize(
+    "flags", ["", "--curriculum --ema_decay 0.9 --amp bf16", "--optimizer adamw --accumulation_steps 2"]
+)
 def test_a_sudoku_run_resumes_bitwise_at_any_step(puzzle_file, flags, monkeypatch):
     flags = f"{SMALL} --data {puzzle_file} --epochs 2 {flags}".split()
     assert train.main([*flags, "--run_name", "whole"]) == 0
@@ -550,7 +551,8 @@ PREDICT_FAULTS = {
     f"{SMALL} --data nowhere.csv": "no such file or folder",
     f"{SMALL} --data p.csv --cutout 4": "--cutout: is for images",
     "--model custom --focal_gamma 2": "--focal_gamma: is for sudoku_gnn",
-    "--search --input two.sdm": "--search: needs --predict",
+    "--search": "--search: needs --predict",
+    "--input two.sdm": "--input: needs --predict",
 }
 
 
