@@ -579,7 +579,8 @@ def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
     A guess is the open cell and digit with the highest `preference` (float [N, 81, 9], such as a
     network's probabilities), without one the lowest digit of a cell with the fewest left. Returns
     (first solutions uint8 [N, 81], zeros where there is none; solutions found int64 [N], at most `limit`, so
-    that 1 of 2 proves uniqueness; guesses int64 [N] up to the first solution, or to the proof of none).
+    that 1 of 2 proves uniqueness, or -1 where `max_guesses` came first; guesses int64 [N] up to the
+    first solution, or to the end without one).
     """
     count = len(masks)
     if count > chunk:
@@ -607,7 +608,7 @@ def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
         if preference is None:
             cell = np.where(left > 1, left, 10).argmin(1)
             chosen = masks[np.arange(len(active)), cell]
-            bit = chosen & -chosen.astype(np.int16).view(np.uint16)
+            bit = chosen & (~chosen + np.uint16(1))  # its lowest
         else:
             live = (masks[:, :, None] & BITS[1:]).astype(bool) & (left > 1)[:, :, None]
             best = np.where(live, preference[active], -1).reshape(len(active), 729).argmax(1)
@@ -623,6 +624,7 @@ def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
         guesses[active] += number[active] == 0
         tried[active] += 1
         depth[active] += 1
+    number[(depth >= 0) & (number < limit)] = -1
     return solutions, number, guesses
 
 

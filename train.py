@@ -53,7 +53,7 @@ OF_IMAGES = ("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "l
 OF_SUDOKU = ("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
              "curriculum")  # fmt: skip
 OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
-WEIGHTS = Path(__file__).with_name("weights") / "sudoku.pt"  # what --predict takes where no checkpoint is named
+WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --predict takes where no checkpoint is named
 SHOWN_BOARDS = 100
 FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "run_name", "cache_dir", "data")
 
@@ -705,7 +705,8 @@ def epoch_line(row, task, epochs, new_best):
     for split in ("train", "val", "ema"):
         numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
         if numbers:
-            shown = numbers if split != "train" else {k: numbers[k] for k in ("loss", task.monitor) if k in numbers}
+            whole = split == ("ema" if "ema_loss" in row else "val")
+            shown = {k: v for k, v in numbers.items() if whole or k in ("loss", task.monitor)}
             parts.append(f"{split} {metrics_line(shown, task)}")
     parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {task.unit}/s", f"lr {row['lr']:.2e}"]
     parts += [f"{row['bad_steps']} bad steps"] * bool(row["bad_steps"]) + ["new best"] * new_best
@@ -713,11 +714,11 @@ def epoch_line(row, task, epochs, new_best):
 
 
 def metrics_line(numbers, task):
-    """The loss and the metrics that `task.shown` formats, of {name: number}, each with its levels where it has them."""
+    """The loss and the metrics that `task.shown` formats, of {name: number}, with their levels where they have some."""
     parts = []
     for name, form in {"loss": "{:.4f}", **task.shown}.items():
         if name in numbers:
-            levels = [f"{k[len(name) + 1:]} {form.format(v)}" for k, v in numbers.items() if k.startswith(f"{name}_")]
+            levels = [f"{k[len(name) + 1 :]} {form.format(v)}" for k, v in numbers.items() if k.startswith(f"{name}_")]
             parts.append(f"{name} {form.format(numbers[name])}" + (f" ({', '.join(levels)})" if levels else ""))
     return ", ".join(parts)
 
@@ -1301,6 +1302,7 @@ def run_evaluate(path, config, given):
     began = time.perf_counter()
     result = evaluate(model, batches(torch.arange(len(split))), task, prepare, dtype)
     speed = len(split) / (time.perf_counter() - began)
+    name = "all" if name == "train" else name  # a puzzle file is scored whole
     print(f"{path} on {len(split):,} {name} {task.unit}: {metrics_line(result, task)}")
     print(f"  {latency * 1e3:.1f} ms for one, {speed:,.0f} {task.unit}/s in batches of {2 * config['batch_size']}")
     speeds = {"latency_ms": latency * 1e3, "samples_per_second": speed}
@@ -1333,6 +1335,7 @@ def run_predict(path, config):
         boards[number > 0] = solutions[number > 0]
         verdicts[:] = np.where(alone, "solved by the network alone", "solved by search")
         verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: more than one solution"
+        verdicts[number < 0] = "undecided: too many guesses"
         verdicts = [f"{verdict}, {led:,} guesses, {plain:,} without the network"
                     for verdict, led, plain in zip(verdicts, guesses, unled)]  # fmt: skip
     for i in range(min(len(boards), SHOWN_BOARDS)):
