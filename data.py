@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import struct
+import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 [N, H, W, C] (an array or a memory map) and labels int64 [N]."""
+    """Images uint8 [N, H, W, C] (an array or a memory map) and labels int64 [N]; for Sudoku see `load_sudoku`."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -694,7 +695,7 @@ CELL[np.frombuffer(b"123456789", np.uint8)] = np.arange(1, 10)
 PUZZLE_COLUMNS, SOLUTION_COLUMNS = ("puzzle", "puzzles", "quizzes", "question"), ("solution", "solutions", "answer")
 
 
-def read_sudoku(path, block_bytes=2**22):
+def read_sudoku(path, with_solutions=True, block_bytes=2**22):
     """(puzzles uint8 [N, 81], solutions uint8 [N, 81] or None) of a file, its format known by its content.
 
     CSV with puzzle and solution columns (Kaggle's, RRN's without a header, Sudoku-Extreme's), one
@@ -705,20 +706,25 @@ def read_sudoku(path, block_bytes=2**22):
         packed = file.read(2) == b"\x1f\x8b"
     try:
         with (gzip.open if packed else open)(path, "rb") as file:
-            head = file.read(block_bytes).removeprefix(b"\xef\xbb\xbf")
-            first = head.split(b"\n", 1)[0].rstrip()
-            if not head.strip():
+            rest = file.read(block_bytes).removeprefix(b"\xef\xbb\xbf")
+            lines = (line.strip(b' "\r\t') for line in rest.split(b"\n"))
+            first = next((line for line in lines if line and not line.startswith(b"#")), None)
+            if first is None:
                 raise ValueError(f"{path}: is empty; give a puzzle file")
-            if b"," not in first and len(first) != 81:
-                return read_board(path, head), None
+            if b"," not in first and len(first) != 81 and first.lower().decode("latin-1") not in PUZZLE_COLUMNS:
+                return read_board(path, rest), None
             columns, skip = sudoku_columns(path, first)
-            line, rest, blocks = 1 + skip, head.partition(b"\n")[2] if skip else head, []
+            columns = columns if with_solutions else (columns[0], None, columns[2])
+            header, _, after = rest.partition(first) if skip else (b"", b"", rest)
+            line, rest, blocks = 1 + header.count(b"\n") + skip, after.partition(b"\n")[2] if skip else after, []
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # parses while the next block is read
                 while (more := file.read(block_bytes)) or rest:
-                    whole, _, rest = (rest + more).rpartition(b"\n") if more else (rest, b"", b"")
+                    whole, newline, rest = (rest + more).rpartition(b"\n") if more else (rest, b"", b"")
                     if whole.strip():
                         blocks.append(pool.submit(read_rows, path, whole, line, columns))
-                    line += whole.count(b"\n") + 1
+                    line += whole.count(b"\n") + len(newline)
+                    if len(rest) > 2**16:
+                        raise ValueError(f"{path}: line {line}: too long for a puzzle")
                 blocks = [block.result() for block in blocks]
     except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch the file again") from None
@@ -747,12 +753,13 @@ def sudoku_columns(path, first):
 def read_rows(path, content, line, columns):
     """(puzzles, solutions or None) of whole lines; `line` is the first one's number."""
     puzzle, solution, count = columns
-    text = np.frombuffer(content + b"\n", np.uint8)
+    text = np.frombuffer(content.replace(b'"', b"") + b"\n", np.uint8)
     ends = np.flatnonzero(text == 10)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    ends = ends - (text[ends - 1] == 13)
+    while (spaces := (ends > starts) & np.isin(text[ends - 1], (9, 13, 32))).any():
+        ends = ends - spaces
     numbers = line + np.arange(len(starts))
-    filled = ends > starts
+    filled = (ends > starts) & (text[starts] != 35)  # empty lines and comments are passed over
     starts, ends, numbers = starts[filled], ends[filled], numbers[filled]
     commas = np.flatnonzero(text == 44)
     have = np.searchsorted(commas, ends) - np.searchsorted(commas, starts)
@@ -782,7 +789,7 @@ def read_board(path, content):
         cells = text.replace("|", "").replace(" ", "")
         if text.startswith("["):
             inside = text.lower() == "[puzzle]"
-        elif inside and not text.startswith("#") and cells.strip("-+"):
+        elif inside and cells and not text.startswith("#") and "--" not in cells:  # a rule between the boxes
             row = CELL[np.frombuffer(cells.encode(), np.uint8)]
             if len(row) != 9 or (row > 9).any():
                 got = one_line(text)[:50]
@@ -865,7 +872,7 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
     puzzles, solutions = sets["train"]
     if len(sets) > 1 or val_fraction > 0:
         classes, rows = symmetry_class(solutions), row_hash(puzzles)
-    for name in sets.keys() - {"train"}:
+    for name in [name for name in sets if name != "train"]:
         twins = np.flatnonzero(np.isin(row_hash(sets[name][0]), rows))
         if len(twins):
             raise ValueError(f"{source}: puzzle {twins[0] + 1} of {name} stands in train too; remove it from one")
@@ -892,9 +899,11 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
 def generated(cache_dir):
     """{split: (puzzles, solutions)} of GENERATED, kept in `cache_dir` once they are made."""
     path = cache_dir / f"sudoku-{mix(*GENERATED.items(), 'generator 1'):x}.npz"
-    if path.is_file():
+    try:
         with np.load(path, allow_pickle=False) as kept:
             return {name: (kept[f"{name}_puzzles"], kept[f"{name}_solutions"]) for name in GENERATED}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # none yet, or a damaged one: made anew
     sets = {}
     for seed, (name, counts) in enumerate(GENERATED.items()):
         levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
@@ -902,15 +911,18 @@ def generated(cache_dir):
     cache_dir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial.npz")
     arrays = {f"{name}_puzzles": puzzles for name, (puzzles, _) in sets.items()}
-    np.savez(partial, **arrays, **{f"{name}_solutions": solutions for name, (_, solutions) in sets.items()})
-    os.replace(partial, path)
+    try:
+        np.savez(partial, **arrays, **{f"{name}_solutions": solutions for name, (_, solutions) in sets.items()})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return sets
 
 
 def read_splits(source):
     """{split: (puzzles, solutions)} of a file (all of it train) or of a folder of train, val and test files."""
     path = Path(source).expanduser()
-    if not path.exists():
+    if not source or not path.exists():
         raise ValueError(f"--data {source}: no such file or folder; give a puzzle file, or leave the flag out")
     files = {"train": path}
     if path.is_dir():
@@ -925,19 +937,19 @@ def read_splits(source):
     return sets
 
 
-def row_hash(grids):
-    """uint64 [N]: equal for equal rows of uint8 [N, 81]; two that differ agree by chance once in 2^64."""
-    factors = np.random.default_rng(81).integers(1, 2**63, 81, np.uint64) * 2 + 1
-    parts = [grids[i : i + 65_536].astype(np.uint64) @ factors for i in range(0, len(grids), 65_536)]
+def row_hash(rows):
+    """uint64 [N]: equal for equal rows of integers [N, M]; two that differ agree by chance once in 2^64."""
+    factors = np.random.default_rng(81).integers(1, 2**63, rows.shape[1], np.uint64) * 2 + 1
+    parts = [rows[i : i + 65_536].astype(np.uint64) @ factors for i in range(0, len(rows), 65_536)]
     return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
 
 def symmetry_class(solutions, chunk=16_384):
     """uint64 [N]: the same for grids uint8 [N, 81] that relabelling, permuting or transposing turns into each other.
 
-    Two rows of a band map each column's digit to another, a permutation of the digits whose cycle
-    lengths no symmetry changes: the class is those of all rows and columns. It is an invariant, no canonical
-    form: grids that differ may share a class, which then are only kept apart more than they need be.
+    Two rows of a band, read column by column, map digits to digits, and two digits, read row by row, map
+    columns to columns: permutations whose cycle lengths no symmetry changes. The class is those of all
+    pairs. It is an invariant and no canonical form, but of 22,000 random grids no two shared one.
     """
     if len(solutions) > chunk:
         parts = [symmetry_class(solutions[i : i + chunk]) for i in range(0, len(solutions), chunk)]
@@ -945,23 +957,28 @@ def symmetry_class(solutions, chunk=16_384):
     grids = solutions.reshape(-1, 9, 9).astype(np.int64) - 1
     sides = []
     for lines in (grids, grids.transpose(0, 2, 1)):
-        place = lines.argsort(2)  # [N, line, digit]: where the line has the digit
         bands = []
-        for band in range(3):
-            codes = []
-            for a, b in ((0, 1), (0, 2), (1, 2)):
-                step = np.take_along_axis(lines[:, 3 * band + b], place[:, 3 * band + a], 1)  # digit -> digit
-                power, code = step, np.zeros(len(grids), np.int64)
-                for _ in range(3):  # how many digits lie in cycles that 2, 3 and 4 steps close: that tells the lengths
-                    power = np.take_along_axis(step, power, 1)
-                    code = code * 10 + (power == np.arange(9)).sum(1)
-                codes.append(code)
-            codes = np.sort(codes, 0)
+        for band in (0, 3, 6):
+            pairs = itertools.combinations(range(band, band + 3), 2)
+            codes = np.sort([cycle_code(lines[:, a], lines[:, b]) for a, b in pairs], 0)
             bands.append((codes[0] * 1000 + codes[1]) * 1000 + codes[2])
         bands = np.sort(bands, 0).astype(np.uint64)
         sides.append((bands[0] * np.uint64(0x9E3779B97F4A7C15) ^ bands[1]) * np.uint64(0xBF58476D1CE4E5B9) ^ bands[2])
     sides = np.sort(sides, 0)
-    return sides[0] * np.uint64(0x94D049BB133111EB) ^ sides[1]
+    columns = grids.argsort(2)  # [N, row, digit]: where the row has the digit
+    pairs = itertools.combinations(range(9), 2)
+    codes = np.sort([cycle_code(columns[:, :, a], columns[:, :, b]) for a, b in pairs], 0)  # [36, N]
+    return (sides[0] * np.uint64(0x94D049BB133111EB) ^ sides[1]) * np.uint64(0x9E3779B97F4A7C15) ^ row_hash(codes.T)
+
+
+def cycle_code(a, b):
+    """int64 [N]: tells the cycle lengths of the permutations of 0 to 8 that take a[n, i] to b[n, i], none to itself."""
+    step = np.take_along_axis(b, a.argsort(1), 1)
+    power, code = step, np.zeros(len(step), np.int64)
+    for _ in range(3):  # how many elements lie in cycles that 2, 3 and 4 steps close
+        power = np.take_along_axis(step, power, 1)
+        code = code * 10 + (power == np.arange(9)).sum(1)
+    return code
 
 
 # ------------------------------------------------------------------------------------- order of a run
@@ -973,7 +990,7 @@ def one_line(error):
 
 
 def mix(*numbers):
-    """A 63-bit seed from whole numbers; no two of (seed, epoch), (seed, step, rank) share streams."""
+    """A 63-bit seed from whole numbers and the like; no two of (seed, epoch), (seed, step, rank) share streams."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
@@ -1217,7 +1234,7 @@ class Gather(torch.utils.data.Dataset):
 def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
     """A function that yields the batches of an order: fetch(order, start=0) from batch `start` on.
 
-    Each batch is (images uint8 [B, H, W, C], labels int64 [B], index int64 [B] on the CPU). A split of
+    Each batch is (rows of the images, of the labels, index int64 [B] on the CPU). A split of
     at most `resident_bytes` is moved to the device once; a larger one, or any where `workers` is
     given, goes through a DataLoader. Both give the same batches.
     """
@@ -1266,9 +1283,16 @@ if __name__ == "__main__":
     add("--seed", type=int, default=0, help="the same seed gives the same puzzles (default: %(default)s)")
     add("--output", type=Path, required=True, help="puzzle,solution in .csv; .sdm and .sdk hold the puzzle alone")
     flags = parser.parse_args()
-    if flags.count < 1 or flags.seed < 0 or flags.output.suffix not in (".csv", ".sdm", ".sdk"):
-        parser.error("--count must be 1 or more, --seed 0 or more, --output a .csv, .sdm or .sdk file")
-    made = generate(flags.count, flags.level, flags.seed)
-    solved = made[1] if flags.output.suffix == ".csv" else None
-    flags.output.write_text(sudoku_text(flags.output.suffix, made[0], solved))
-    print(f"{flags.output}: {flags.count:,} {flags.level} puzzles, {(made[0] > 0).sum(1).mean():.1f} clues on average")
+    path, suffix = flags.output, flags.output.suffix
+    try:
+        if flags.count < 1 or flags.seed < 0:
+            raise ValueError("--count must be 1 or more and --seed 0 or more")
+        if suffix not in (".csv", ".sdm", ".sdk") or path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"--output {path}: must be a .csv, .sdm or .sdk file in a folder that exists")
+        sudoku_text(suffix, np.zeros((min(flags.count, 2), 81), np.uint8))  # an .sdk holds one
+        puzzles, solutions = generate(flags.count, flags.level, flags.seed)
+        path.write_text(sudoku_text(suffix, puzzles, solutions if suffix == ".csv" else None), "ascii", newline="\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{path}: {flags.count:,} {flags.level} puzzles, {(puzzles > 0).sum(1).mean():.1f} clues on average")

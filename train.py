@@ -54,7 +54,7 @@ OF_SUDOKU = ("width", "hidden", "message_steps", "free_steps", "grad_steps", "fo
              "curriculum")  # fmt: skip
 OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
 WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --predict takes where no checkpoint is named
-SHOWN_BOARDS = 100
+SHOWN_BOARDS, MAX_GUESSES = 100, 100_000
 FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "run_name", "cache_dir", "data")
 
 
@@ -131,7 +131,7 @@ def build_parser():
     add("--data", type=str, help="a folder of class folders, IDX or CIFAR files, or an NPZ file; else built-in images")
     add("--image_size", type=number(int, 0, 2048), default=0, help="px a side; 0: what suits the source")
     add("--val_fraction", type=share, default=0.1, help="of each class, set aside where the data has no val split")
-    add("--max_samples", type=number(int, 0), default=0, help="a stratified subset of each split; 0: all")
+    add("--max_samples", type=number(int, 0), default=0, help="a subset of each split, images by class; 0: all")
     add("--workers", type=number(int, 0, 64), help="loader processes; else chosen: none where the data fits in memory")
     add("--cache_dir", type=str, default=".cache", help="where decoded image folders are kept")
     add("--crop_padding", type=number(int, 0, 256), default=4, help="px of the padded crop")
@@ -142,11 +142,12 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), default="efficientnet_b0", help="the network")
     add("--pretrained", type=str, nargs="?", const="official", help="a weights file; alone: the official B0 file")
-    add("--width", type=positive, default=32, help="sudoku_gnn: features of a candidate's state")
-    add("--hidden", type=positive, default=64, help="sudoku_gnn: features of a message")
-    add("--message_steps", type=positive, help="sudoku_gnn: steps in evaluation; else the checkpoint's, 64")
-    add("--free_steps", type=number(int, 0), default=24, help="sudoku_gnn: up to so many steps without gradient")
-    add("--grad_steps", type=positive, default=6, help="sudoku_gnn: steps with gradient and loss after them")
+    size, steps = number(int, 1, 1024), number(int, 1, 10_000)
+    add("--width", type=size, default=32, help="sudoku_gnn: features of a candidate's state")
+    add("--hidden", type=size, default=64, help="sudoku_gnn: features of a message")
+    add("--message_steps", type=steps, help="sudoku_gnn: steps in evaluation; else the checkpoint's, 64")
+    add("--free_steps", type=number(int, 0, 10_000), default=24, help="sudoku_gnn: steps without gradient, at most")
+    add("--grad_steps", type=steps, default=6, help="sudoku_gnn: steps with gradient and loss after them")
     add("--focal_gamma", type=at_least_0, default=0.0, help="sudoku_gnn: weighs a blank by (1 - p)^gamma")
     add("--constraint_weight", type=at_least_0, default=0.0, help="sudoku_gnn: of the expected violations")
     add("--curriculum", type=boolean, nargs="?", const=True, default=False, help="easy, medium, then hard puzzles")
@@ -160,7 +161,7 @@ def build_parser():
     add("--optimizer", choices=["adamw", "sgd", "muon"], help="else muon for sudoku_gnn, adamw for images")
     add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak; else 0.003 adamw, 0.1 sgd, 0.005 muon")
     add("--weight_decay", type=at_least_0, default=0.01, help="on matrices and filters alone")
-    add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it")
+    add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it, muon's too")
     add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
 
@@ -529,9 +530,10 @@ def totals(task, loss, outputs, targets):
     """float64 [2, loss and metrics] of one batch, on the device: the sums above what they were summed over."""
     found = task.measure(outputs, targets)
     pairs = [(loss, task.items(targets)), *(found.get(name, (0, 0)) for name in task.metrics)]
-    dtype = sum_dtype(loss.device)
-    rows = [torch.stack([torch.as_tensor(v, dtype=dtype, device=loss.device) for v in row]) for row in zip(*pairs)]
-    return torch.stack(rows)
+    like = dict(dtype=sum_dtype(loss.device), device=loss.device)
+    # a number is filled in on the device: a copy to it would wait for the step's work
+    scalars = [[v.to(**like) if torch.is_tensor(v) else torch.full((), v, **like) for v in row] for row in zip(*pairs)]
+    return torch.stack([torch.stack(row) for row in scalars])
 
 
 def sum_dtype(device):
@@ -562,7 +564,8 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None):
         with autocast(images.device, dtype):
             inputs = prepare(images)
             outputs = model(inputs) if weights is None else functional_call(model, weights, (inputs,))
-            sums = sums + totals(task, task.loss(outputs, targets), outputs, targets)
+            loss = task.loss(outputs, targets)
+        sums = sums + totals(task, loss, outputs, targets)  # outside autocast, which would count in 16 bits
     model.train(training)
     return means(sums, task)
 
@@ -597,6 +600,9 @@ def fit(state, run, stop=()):
     monitor, higher = config["monitor"], higher_is_better(config["monitor"])
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
 
+    def monitored():  # NaN in an epoch that had none of its puzzles
+        return [row.get(monitor, math.nan) for row in state.history]
+
     def save():
         try:
             utils.save_checkpoint(folder / "last.pt", {**state.to_checkpoint(), "meta": run.meta, "config": config})
@@ -611,8 +617,7 @@ def fit(state, run, stop=()):
         epoch, count = state.epoch, len(run.train)
         cuts = 0
         if config["scheduler"] == "plateau":
-            past = [row[monitor] for row in state.history]
-            cuts = plateau_cuts(past, config["scheduler_patience"], higher, config["min_delta"])
+            cuts = plateau_cuts(monitored(), config["scheduler_patience"], higher, config["min_delta"])
         order = run.order(epoch)
         start = state.epoch_step * config["accumulation_steps"]
         if state.sums is None:
@@ -667,11 +672,11 @@ def fit(state, run, stop=()):
         row.update(lr=rate, seconds=seconds, samples_per_second=count / seconds, bad_steps=state.bad_steps)
         state.history.append(row)
         # a NaN is never a gain: comparisons with it are False
-        since = epochs_since_best([r[monitor] for r in state.history], higher)
+        since = epochs_since_best(monitored(), higher)
         if since == len(state.history):
             raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a lower --lr")
         patience_gone = config["early_stopping"] and config["early_stopping"] <= epochs_since_best(
-            [r[monitor] for r in state.history], higher, config["min_delta"]
+            monitored(), higher, config["min_delta"]
         )
         state.finished = bool(state.epoch == config["epochs"] or patience_gone)
         try:
@@ -692,7 +697,7 @@ def fit(state, run, stop=()):
             log(f"stopped after epoch {state.epoch}; go on with: python train.py --resume {folder.name}")
             return 128 + stop[0]
 
-    best = state.history[-1 - epochs_since_best([row[monitor] for row in state.history], higher)]
+    best = state.history[-1 - epochs_since_best(monitored(), higher)]
     value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
     log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
     log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
@@ -931,10 +936,10 @@ def load_puzzles(config):
 
 def puzzles_to_score(config, given):
     """A puzzle file of --data is scored whole; else the run's own test or val split."""
-    if "data" not in given or Path(given["data"]).is_dir():
+    if "data" not in given or Path(given["data"]).expanduser().is_dir():
         source = load_puzzles(config)
         return source, next((name for name in ("test", "val") if name in source.splits), None)
-    return load_puzzles({**config, "val_fraction": 0.0}), "train"
+    return load_puzzles({**config, "val_fraction": 0.0, "max_samples": 0}), "train"
 
 
 def puzzle_order(config, split):
@@ -1104,14 +1109,13 @@ def check_monitor(config, task, has_val):
 
 def compile_forward(state, run):
     """Mutates `state.forward`: the compiled model if one pass through it works; a note for the log."""
-    size, channels = run.meta["image_size"], run.meta["in_channels"]
-    images = torch.zeros(run.config["batch_size"], channels, size, size, device=run.device)
-    images = images.to(memory_format=pick_memory_format(run.config["channels_last"], run.device))
+    images, _, index = next(iter(run.fetch_train(torch.arange(run.config["batch_size"]))))
+    inputs = run.augment(images, index, 0)
     held = [buffer.clone() for buffer in state.model.buffers()]
     forward = torch.compile(state.model)
     try:
         with autocast(run.device, run.dtype):
-            forward(images).float().sum().backward()
+            forward(inputs).float().sum().backward()
     except (RuntimeError, ImportError, OSError) as error:  # no compiler, no Triton, an operator it lacks
         return f", not compiled ({utils.one_line(error)})"
     finally:
@@ -1315,42 +1319,54 @@ def run_predict(path, config):
         raise ValueError("--predict: needs --input FILE, a file of puzzles")
     if not Path(config["input"]).is_file():
         raise ValueError(f"--input {config['input']}: no such file; give a file of puzzles")
-    puzzles, _ = data.read_sudoku(config["input"])
+    puzzles, _ = data.read_sudoku(config["input"], with_solutions=False)
     if config["output"]:
         data.sudoku_text(Path(config["output"]).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
     model, meta, device, dtype = load_model(path, config)
     if meta["model"] != "sudoku_gnn":
         raise ValueError(f"{path}: a {meta['model']}; --predict takes a sudoku_gnn checkpoint")
-    p = []
-    with torch.inference_mode(), autocast(device, dtype):
-        for part in tqdm(torch.from_numpy(puzzles).split(64), "predict", leave=False, disable=len(puzzles) <= 64):
-            p.append(model(part.to(device))[-1].float().softmax(-1).cpu())  # [B, 81, 9]
-    p = torch.cat(p).numpy()
-    boards = p.argmax(2).astype(np.uint8) + 1
-    alone = data.consistent(boards)  # every cell is filled and the clues are kept, so that the rules alone decide
-    verdicts = np.where(alone, "solved", "not solved").astype(object)
+    answers, solved, alone, led, unled = np.zeros_like(puzzles), 0, 0, 0, 0
+    bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=len(puzzles) <= 64)
+    with contextlib.closing(bar):
+        for start in range(0, len(puzzles), 2048):  # bounds the memory of millions
+            part = puzzles[start : start + 2048]
+            p = probabilities(model, torch.from_numpy(part), device, dtype, bar)
+            boards = p.argmax(2).astype(np.uint8) + 1
+            good = own = data.consistent(boards)  # all cells are filled and clues kept, so that the rules decide
+            verdicts = np.where(own, "solved", "not solved").astype(object)
+            if config["search"]:
+                solutions, number, guesses = data.solve(part, p, max_guesses=MAX_GUESSES)
+                _, _, plain = data.solve(part, max_guesses=MAX_GUESSES)
+                good, led, unled = number == 1, led + guesses.sum(), unled + plain.sum()
+                boards[number > 0] = solutions[number > 0]
+                verdicts = np.where(own, "solved by the network alone", "solved by search").astype(object)
+                verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: several solutions"
+                verdicts[number < 0] = "undecided: too many guesses"
+                verdicts += [f", {a:,} guesses, {b:,} without the network" for a, b in zip(guesses, plain)]
+            answers[start : start + len(part)] = np.where(good[:, None], boards, 0)
+            solved, alone = solved + good.sum(), alone + (good & own).sum()
+            for i in range(max(0, min(len(part), SHOWN_BOARDS - start))):
+                tqdm.write("\n".join([f"puzzle {start + i + 1}: {verdicts[i]}", *board_lines(boards[i], part[i]), ""]))
+    if len(puzzles) > SHOWN_BOARDS:
+        print(f"... and {len(puzzles) - SHOWN_BOARDS:,} more; --output FILE holds all of them\n")
+    steps = meta["arguments"]["message_steps"]
+    print(f"{solved:,} of {len(puzzles):,} solved, {alone:,} of them by the network alone in {steps} steps")
     if config["search"]:
-        solutions, number, guesses = data.solve(puzzles, p)
-        _, _, unled = data.solve(puzzles)
-        boards[number > 0] = solutions[number > 0]
-        verdicts[:] = np.where(alone, "solved by the network alone", "solved by search")
-        verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: more than one solution"
-        verdicts[number < 0] = "undecided: too many guesses"
-        verdicts = [f"{verdict}, {led:,} guesses, {plain:,} without the network"
-                    for verdict, led, plain in zip(verdicts, guesses, unled)]  # fmt: skip
-    for i in range(min(len(boards), SHOWN_BOARDS)):
-        print("\n".join([f"puzzle {i + 1}: {verdicts[i]}", *board_lines(boards[i], puzzles[i]), ""]))
-    if len(boards) > SHOWN_BOARDS:
-        print(f"... and {len(boards) - SHOWN_BOARDS:,} more; --output FILE holds all of them\n")
-    good = number == 1 if config["search"] else alone
-    print(f"{good.sum():,} of {len(boards):,} solved, {alone.sum():,} of them by the network alone in "
-          f"{meta['arguments']['message_steps']} steps")  # fmt: skip
-    if config["search"]:
-        print(f"guesses: {guesses.sum():,} led by the network, {unled.sum():,} without it")
+        print(f"guesses: {led:,} led by the network, {unled:,} without it")
     if config["output"]:
-        text = data.sudoku_text(Path(config["output"]).suffix, puzzles, np.where(good[:, None], boards, 0))
-        utils.write_atomic(config["output"], text.encode())
+        utils.write_atomic(config["output"], data.sudoku_text(Path(config["output"]).suffix, puzzles, answers).encode())
     return 0
+
+
+@torch.inference_mode()
+def probabilities(model, puzzles, device, dtype, bar):
+    """float32 [N, 81, 9] over the digits of puzzles uint8 [N, 81], as a numpy array."""
+    parts = []
+    for part in puzzles.split(64):
+        with autocast(device, dtype):
+            parts.append(model(part.to(device))[-1].float().softmax(-1).cpu())
+        bar.update(len(part))
+    return torch.cat(parts).numpy()
 
 
 def board_lines(board, puzzle):

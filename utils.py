@@ -269,7 +269,8 @@ def sudoku_metrics(logits, labels):
     scores = torch.stack([*over_boards, *(score.sum(1) for score in over_blanks)]).float()  # [5, B]
     counts = torch.stack([*[torch.ones_like(blanks)] * 2, *[blanks] * 3]).float()
     chosen = torch.stack([torch.ones_like(level), *(level == i for i in range(3))]).float()  # [4, B]: all, easy …
-    pairs = zip((scores @ chosen.T).T.flatten(), (counts @ chosen.T).T.flatten())
+    # [4, 5] each, as products and sums: a matrix product would round under autocast
+    pairs = zip(*((chosen[:, None] * x).sum(2).flatten() for x in (scores, counts)))
     return dict(zip(SUDOKU_METRICS, pairs))
 
 
