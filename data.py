@@ -177,7 +177,7 @@ def load_npz(path, image_size=0):
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name.split("_")[0] in ("x", "y")}
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, struct.error) as error:
-        raise ValueError(f"{path}: not a whole NPZ file ({one_line(error)}); other data is given as a folder") from None
+        raise ValueError(f"{path}: not a whole NPZ file ({one_line(error)}); puzzles need --model sudoku_gnn") from None
     except ValueError as error:  # numpy's own for object arrays and bad headers, and the one above
         raise ValueError(one_line(error) if str(path) in str(error) else f"{path}: {one_line(error)}") from None
     splits = {}
@@ -577,8 +577,8 @@ def solve(puzzles, preference=None, limit=2, max_guesses=10**6):
 def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
     """Depth-first search with singles between guesses, over all candidates uint16 [N, 81] at once.
 
-    A guess is the open cell and digit with the highest `preference` (float [N, 81, 9], such as a
-    network's probabilities), without one the lowest digit of a cell with the fewest left. Returns
+    A guess is a digit of a cell with the fewest left: the lowest of the first such cell, or the one
+    with the highest `preference` (float [N, 81, 9] in 0 to 1, such as a network's probabilities). Returns
     (first solutions uint8 [N, 81], zeros where there is none; solutions found int64 [N], at most `limit`, so
     that 1 of 2 proves uniqueness, or -1 where `max_guesses` came first; guesses int64 [N] up to the
     first solution, or to the end without one).
@@ -612,7 +612,7 @@ def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
             bit = chosen & (~chosen + np.uint16(1))  # its lowest
         else:
             live = (masks[:, :, None] & BITS[1:]).astype(bool) & (left > 1)[:, :, None]
-            best = np.where(live, preference[active], -1).reshape(len(active), 729).argmax(1)
+            best = np.where(live, preference[active] - left[:, :, None], -99).reshape(len(active), 729).argmax(1)
             cell, bit = best // 9, BITS[1 + best % 9]
         for level in np.unique(depth[active]):
             if level + 1 == len(stack):
@@ -846,7 +846,7 @@ def sudoku_text(suffix, puzzles, solutions=None):
     if suffix == ".sdm":
         return "\n".join(lines) + "\n"
     if len(lines) != 1:
-        raise ValueError(f"an .sdk file holds one board, there are {len(puzzles)} puzzles; give a .sdm or .csv file")
+        raise ValueError("an .sdk file holds one board, there are more; give a .sdm or .csv file")
     return "\n".join(["[Puzzle]", *(lines[0][i : i + 9] for i in range(0, 81, 9))]) + "\n"
 
 
@@ -886,7 +886,7 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
         place = np.random.default_rng(mix(seed, 2)).permutation(members.max() + 1)[members]  # classes in random order
         val = place <= np.searchsorted(np.cumsum(np.bincount(place)), len(place) * val_fraction)
         if val.all():
-            raise ValueError(f"--val_fraction {val_fraction}: the puzzles share too few solution grids; give more data")
+            raise ValueError(f"--val_fraction {val_fraction}: too few different solution grids; give more")
         sets.update(train=(puzzles[~val], solutions[~val]), val=(puzzles[val], solutions[val]))
     splits = {
         name: Split(p, np.concatenate([np.where(p > 0, 0, s), grade(p)[:, None]], 1).astype(np.uint8))

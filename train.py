@@ -1,4 +1,4 @@
-"""Train an image classifier on one laptop GPU, or on a CPU; stop it, resume it, evaluate it.
+"""Train an image classifier or a Sudoku solver on one laptop GPU, or on a CPU; stop, resume, evaluate, use it.
 
     python train.py --model efficientnet_b0 --accumulation_steps 2 --clip_grad_norm 1.0
     python train.py --model custom --data photos/ --ema_decay 0.999    # your own folder of class folders
@@ -6,6 +6,7 @@
     python train.py --resume                                           # the last run, from its last save
     python train.py --find_lr                                          # a learning-rate range test
     python train.py --evaluate runs/NAME/best.pt                       # loss and accuracy on the test split
+    python train.py --predict --input puzzle.sdk                       # solve a Sudoku
 
 A *step* is one optimizer update over a window of up to accumulation_steps batches; schedules, EMA,
 logs and saves count in steps. Order, augmentation and dropout are functions of the seed and of the
@@ -128,7 +129,7 @@ def build_parser():
     at_least_0, rate = number(float, 0), number(float, 0, open_low=True)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=str, help="a folder of class folders, IDX or CIFAR files, or an NPZ file; else built-in images")
+    add("--data", type=str, help="a folder of class folders, IDX or CIFAR files; NPZ or puzzles; else built-in")
     add("--image_size", type=number(int, 0, 2048), default=0, help="px a side; 0: what suits the source")
     add("--val_fraction", type=share, default=0.1, help="of each class, set aside where the data has no val split")
     add("--max_samples", type=number(int, 0), default=0, help="a subset of each split, images by class; 0: all")
@@ -155,7 +156,7 @@ def build_parser():
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, default=10, help="passes over the training split")
-    add("--batch_size", type=positive, default=16, help="images a micro-batch")
+    add("--batch_size", type=positive, default=16, help="samples a micro-batch")
     add("--accumulation_steps", type=positive, default=1, help="micro-batches a step")
     add("--clip_grad_norm", type=at_least_0, default=0.0, help="largest gradient norm; 0: no clipping")
     add("--optimizer", choices=["adamw", "sgd", "muon"], help="else muon for sudoku_gnn, adamw for images")
@@ -190,7 +191,7 @@ def build_parser():
     add("--resume", type=str, nargs="?", const="", help="go on with a run (alone: the one started last)")
     add("--early_stopping", type=number(int, 0), default=0, metavar="PATIENCE", help="epochs without a gain; 0: off")
     add("--min_delta", type=at_least_0, default=0.0, help="the least change that is a gain")
-    add("--monitor", type=str, help="what best.pt and patience go by; else val_accuracy, ema_accuracy with EMA")
+    add("--monitor", type=str, help="what best.pt and patience go by; else accuracy or solve_rate of val or ema")
     add("--tensorboard", type=boolean, nargs="?", const=True, default=False, help="scalars for TensorBoard")
     add("--wandb", type=boolean, nargs="?", const=True, default=False, help="scalars for Weights & Biases")
     add("--config", type=str, metavar="NAME", help="a preset of configs.json; flags override it")
@@ -600,8 +601,9 @@ def fit(state, run, stop=()):
     monitor, higher = config["monitor"], higher_is_better(config["monitor"])
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
 
-    def monitored():  # NaN in an epoch that had none of its puzzles
-        return [row.get(monitor, math.nan) for row in state.history]
+    def monitored(tie=0.0):  # NaN in an epoch that had none of its puzzles
+        loss, sign = f"{monitor.split('_')[0]}_loss", -tie if higher else tie
+        return [row.get(monitor, math.nan) + (sign * row[loss] if tie else 0.0) for row in state.history]
 
     def save():
         try:
@@ -671,8 +673,8 @@ def fit(state, run, stop=()):
         rate = state.optimizer.param_groups[0]["lr"]  # of the last step
         row.update(lr=rate, seconds=seconds, samples_per_second=count / seconds, bad_steps=state.bad_steps)
         state.history.append(row)
-        # a NaN is never a gain: comparisons with it are False
-        since = epochs_since_best(monitored(), higher)
+        # a NaN is never a gain: comparisons with it are False; of equal epochs the one with the lower loss is best
+        since = epochs_since_best(monitored(tie=1e-9), higher)
         if since == len(state.history):
             raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a lower --lr")
         patience_gone = config["early_stopping"] and config["early_stopping"] <= epochs_since_best(
@@ -697,7 +699,7 @@ def fit(state, run, stop=()):
             log(f"stopped after epoch {state.epoch}; go on with: python train.py --resume {folder.name}")
             return 128 + stop[0]
 
-    best = state.history[-1 - epochs_since_best(monitored(), higher)]
+    best = state.history[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
     value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
     log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
     log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
@@ -710,8 +712,9 @@ def epoch_line(row, task, epochs, new_best):
     for split in ("train", "val", "ema"):
         numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
         if numbers:
-            whole = split == ("ema" if "ema_loss" in row else "val")
-            shown = {k: v for k, v in numbers.items() if whole or k in ("loss", task.monitor)}
+            whole = split == ("ema" if "ema_loss" in row else "val")  # levels are in metrics.csv, but for the monitor
+            shown = {k: v for k, v in numbers.items() if (k in task.shown and whole) or k in ("loss", task.monitor)}
+            shown |= {k: v for k, v in numbers.items() if k.startswith(f"{task.monitor}_") and whole}
             parts.append(f"{split} {metrics_line(shown, task)}")
     parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {task.unit}/s", f"lr {row['lr']:.2e}"]
     parts += [f"{row['bad_steps']} bad steps"] * bool(row["bad_steps"]) + ["new best"] * new_best
@@ -724,7 +727,7 @@ def metrics_line(numbers, task):
     for name, form in {"loss": "{:.4f}", **task.shown}.items():
         if name in numbers:
             levels = [f"{k[len(name) + 1 :]} {form.format(v)}" for k, v in numbers.items() if k.startswith(f"{name}_")]
-            parts.append(f"{name} {form.format(numbers[name])}" + (f" ({', '.join(levels)})" if levels else ""))
+            parts.append(f"{name} {form.format(numbers[name])}" + f" ({', '.join(levels)})" * (len(levels) > 1))
     return ", ".join(parts)
 
 
@@ -1104,7 +1107,8 @@ def check_monitor(config, task, has_val):
     if config["monitor"] is None:
         config["monitor"] = f"{splits[-1]}_{task.monitor}"
     if config["monitor"] not in names:
-        raise ValueError(f"--monitor {shown(config['monitor'])} is not measured; there are {', '.join(names)}")
+        briefly = ", ".join(name for name in names if not name.endswith(data.LEVELS))
+        raise ValueError(f"--monitor {shown(config['monitor'])} is not measured; there are {briefly}")
 
 
 def compile_forward(state, run):
@@ -1174,7 +1178,8 @@ def main(argv=None):
         check_output(config)
         for mode in READ_BY:
             if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
-                raise ValueError(f"--{other[0]}: --{mode} takes it from the checkpoint; leave it out")
+                why = "does not go with --" + mode if other[0] in MODES else f"--{mode} takes it from the checkpoint"
+                raise ValueError(f"--{other[0]}: {why}; leave it out")
         for key in ("input", "search"):
             if config[key] and not config["predict"]:
                 raise ValueError(f"--{key}: needs --predict")
@@ -1220,6 +1225,9 @@ def main(argv=None):
         if saved is None:
             stored = {key: value for key, value in run.config.items() if key not in MODES}
             utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
+    except BrokenPipeError:  # the reader of what is printed went away: no error of this program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         fail(str(error))
 
@@ -1246,6 +1254,10 @@ def check_output(config):
     path = Path(config["output"])
     if path.suffix not in OUTPUTS[mode] or path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output {path}: must be a {' or '.join(OUTPUTS[mode])} file in a folder that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: its folder cannot be written to; choose another")
+    if config["input"] and path.exists() and path.samefile(config["input"]):
+        raise ValueError(f"--output {path}: is the --input; choose another name")
 
 
 def check_same_run(saved, run):
@@ -1274,7 +1286,9 @@ def load_model(path, config):
     if "meta" not in found or "model" not in found:
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
     meta, device = found["meta"], utils.pick_device(config["device"])
-    if config["message_steps"] and "message_steps" in meta["arguments"]:
+    if config["message_steps"]:
+        if "message_steps" not in meta["arguments"]:
+            raise ValueError(f"--message_steps: {path} is a {meta['model']}, which has none; leave it out")
         meta["arguments"]["message_steps"] = config["message_steps"]
     dtype, _ = utils.pick_precision(config["amp"], device, FAMILIES[meta["model"]].prefers_bf16(meta["model"]))
     model = models.build_model(meta["model"], meta["num_classes"], meta["in_channels"], **meta["arguments"])
@@ -1318,14 +1332,14 @@ def run_predict(path, config):
     if not config["input"]:
         raise ValueError("--predict: needs --input FILE, a file of puzzles")
     if not Path(config["input"]).is_file():
-        raise ValueError(f"--input {config['input']}: no such file; give a file of puzzles")
+        raise ValueError(f"--input {config['input']}: is no file; give a file of puzzles")
     puzzles, _ = data.read_sudoku(config["input"], with_solutions=False)
     if config["output"]:
         data.sudoku_text(Path(config["output"]).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
     model, meta, device, dtype = load_model(path, config)
     if meta["model"] != "sudoku_gnn":
         raise ValueError(f"{path}: a {meta['model']}; --predict takes a sudoku_gnn checkpoint")
-    answers, solved, alone, led, unled = np.zeros_like(puzzles), 0, 0, 0, 0
+    answers, solved, alone, led, unled, text = np.zeros_like(puzzles), 0, 0, 0, 0, []
     bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=len(puzzles) <= 64)
     with contextlib.closing(bar):
         for start in range(0, len(puzzles), 2048):  # bounds the memory of millions
@@ -1342,19 +1356,21 @@ def run_predict(path, config):
                 verdicts = np.where(own, "solved by the network alone", "solved by search").astype(object)
                 verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: several solutions"
                 verdicts[number < 0] = "undecided: too many guesses"
+                boards[number < 1] = part[number < 1]
                 verdicts += [f", {a:,} guesses, {b:,} without the network" for a, b in zip(guesses, plain)]
             answers[start : start + len(part)] = np.where(good[:, None], boards, 0)
             solved, alone = solved + good.sum(), alone + (good & own).sum()
             for i in range(max(0, min(len(part), SHOWN_BOARDS - start))):
-                tqdm.write("\n".join([f"puzzle {start + i + 1}: {verdicts[i]}", *board_lines(boards[i], part[i]), ""]))
-    if len(puzzles) > SHOWN_BOARDS:
-        print(f"... and {len(puzzles) - SHOWN_BOARDS:,} more; --output FILE holds all of them\n")
-    steps = meta["arguments"]["message_steps"]
-    print(f"{solved:,} of {len(puzzles):,} solved, {alone:,} of them by the network alone in {steps} steps")
-    if config["search"]:
-        print(f"guesses: {led:,} led by the network, {unled:,} without it")
+                text += [f"puzzle {start + i + 1}: {verdicts[i]}", *board_lines(boards[i], part[i]), ""]
     if config["output"]:
         utils.write_atomic(config["output"], data.sudoku_text(Path(config["output"]).suffix, puzzles, answers).encode())
+    if len(puzzles) > SHOWN_BOARDS:
+        text.append(f"... and {len(puzzles) - SHOWN_BOARDS:,} more; --output FILE holds what was solved of all\n")
+    steps = meta["arguments"]["message_steps"]
+    text.append(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in {steps} steps")
+    if config["search"]:
+        text.append(f"guesses: {led:,} led by the network, {unled:,} without it")
+    print("\n".join(text), flush=True)
     return 0
 
 
@@ -1370,10 +1386,11 @@ def probabilities(model, puzzles, device, dtype, bar):
 
 
 def board_lines(board, puzzle):
-    """A board uint8 [81] as text: found digits bare, the puzzle's own in brackets."""
-    cells = [f"[{d}]" if clue else f" {d} " for d, clue in zip(board, puzzle)]
-    rows = ["|".join("".join(cells[9 * r + c : 9 * r + c + 3]) for c in (0, 3, 6)) for r in range(9)]
-    return [*rows[:3], "-" * 29, *rows[3:6], "-" * 29, *rows[6:]]
+    """A board uint8 [81] as text: found digits bare, the puzzle's own in brackets, a dot for none."""
+    cells = [f"[{digit}]" if clue else f" {digit or '.'} " for digit, clue in zip(board, puzzle)]
+    rows = ["|".join("".join(cells[9 * r + c : 9 * r + c + 3]) for c in (0, 3, 6)).rstrip() for r in range(9)]
+    rule = "+".join(["-" * 9] * 3)
+    return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
 
 
 def timed(call):

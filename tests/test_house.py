@@ -1,6 +1,7 @@
 """The house rules: who imports whom, nothing unsafe is read, the README's commands and flags exist."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import train
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train.py", "model.py", "data.py", "utils.py")
@@ -65,6 +67,7 @@ def test_nothing_that_holds_code_is_read_and_nothing_is_run_by_a_shell(name):
 def test_every_flag_in_the_readme_exists_and_every_command_parses():
     known = {option for action in train.build_parser()._actions for option in action.option_strings}
     flags = set(re.findall(r"(?<![\w-])--[a-z_]+", README)) - {"--index-url", "--upgrade"}
+    flags -= set(re.findall(r'add\("(--[a-z_]+)"', (ROOT / "data.py").read_text("utf-8")))  # python data.py
     assert flags <= known, flags - known
     commands = [c.split("#")[0].strip() for c in re.findall(r"python train\.py[^\n`|]*", README)]
     assert len(commands) >= 6
@@ -97,3 +100,13 @@ def test_a_recipe_of_the_readme_runs(block, tmp_path, monkeypatch):
 def test_the_readme_maps_every_file():
     for name in (*FILES, "configs.json", "tests/"):
         assert f"`{name}`" in README
+
+
+def test_the_weights_that_come_with_the_kit_are_small_plain_and_name_no_place():
+    files = sorted((ROOT / "weights").iterdir())
+    assert [path.stem for path in files] == ["sudoku_extreme", "sudoku_full", "sudoku_quick"]
+    for path in files:
+        assert path.stat().st_size < 2**20
+        found = utils.load_checkpoint(path)
+        assert found["meta"]["model"] == "sudoku_gnn" and found["meta"]["source"]["data"] is None
+        assert path.stem in json.loads((ROOT / "configs.json").read_text())

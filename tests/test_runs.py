@@ -645,7 +645,7 @@ def test_evaluation_without_a_test_split_keeps_to_the_runs_own_validation_images
     for flag in ("--seed 5", "--val_fraction 0.5", "--max_samples 9", "--find_lr", "--resume run"):
         with pytest.raises(SystemExit):  # another split would hold images that were trained on
             train.main(f"--evaluate runs/run/last.pt {flag}".split())
-        assert "takes it from the checkpoint" in capsys.readouterr().err
+        assert "leave it out" in capsys.readouterr().err
     train.main("--evaluate runs/run/last.pt --amp False --output a.json".split())
     found = json.loads(Path("a.json").read_text())
     assert found["split"] == "val" and found["samples"] == 12

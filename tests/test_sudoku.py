@@ -566,7 +566,7 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(puzzle_fil
     plain = predict(capsys, "runs/a/best.pt", "--input", "some.sdm")
     assert "0 of 7 solved" in plain and plain.count("not solved") == 7
     out = predict(capsys, "runs/a/best.pt", "--input", "some.sdm", "--search", "--output", "out.csv")
-    assert out.count("solved by search") == 5 and "5 of 7 solved, 0 of them by the network alone" in out
+    assert out.count("solved by search") == 5 and "5 of 7 solved, 0 by the network alone" in out
     assert out.count("ambiguous: several solutions") == out.count("impossible: no solution") == 1
     assert "led by the network" in out and "without it" in out
     rows = Path("out.csv").read_text().splitlines()
@@ -576,7 +576,7 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(puzzle_fil
 
 PREDICT_FAULTS = {
     "--predict": "--predict: needs --input FILE",
-    "--predict --input none.sdk": "no such file",
+    "--predict --input none.sdk": "is no file",
     "--predict --input bad.sdk": "bad.sdk: line 1: a row is nine cells",
     "--predict --input two.sdm --output a.sdk": "an .sdk file holds one board",
     "--predict --input two.sdm --output a.txt": "must be a .csv or .sdm or .sdk file",
@@ -588,6 +588,8 @@ PREDICT_FAULTS = {
     f"{SMALL} --data nowhere.csv": "no such file or folder",
     f"{SMALL} --data p.csv --cutout 4": "--cutout: is for images",
     "--model custom --focal_gamma 2": "--focal_gamma: is for sudoku_gnn",
+    "--predict --input two.sdm --output two.sdm": "is the --input",
+    "--predict --input two.sdm --resume": "--resume: does not go with --predict",
     "--search": "--search: needs --predict",
     "--input two.sdm": "--input: needs --predict",
 }
