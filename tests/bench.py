@@ -33,7 +33,7 @@ class RRN(nn.Module):
         self.lstm, self.head = nn.LSTMCell(width, width), nn.Linear(width, 9)
         same = (data.UNIT_OF[:, :, None] == data.UNIT_OF[:, None, :]).any(0) & ~np.eye(81, dtype=bool)
         to, source = np.nonzero(same)  # sorted by `to`: 20 a cell
-        self.register_buffer("to", torch.from_numpy(to))
+        self.register_buffer("target", torch.from_numpy(to))
         self.register_buffer("source", torch.from_numpy(source))
 
     def forward(self, puzzles, steps):
@@ -42,7 +42,7 @@ class RRN(nn.Module):
         x = self.embed(torch.cat([self.digit(puzzles.long()), place], 2))  # [B, 81, H]
         h, state, logits = x, (x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))), []
         for _ in range(steps):
-            messages = self.edge(torch.cat([h[:, self.to], h[:, self.source]], 2))  # [B, 1620, H]
+            messages = self.edge(torch.cat([h[:, self.target], h[:, self.source]], 2))  # [B, 1620, H]
             received = messages.view(batch, 81, 20, -1).sum(2)
             state = self.lstm(self.node(torch.cat([x, received], 2)).flatten(0, 1), state)
             h = state[0].view(batch, 81, -1)
