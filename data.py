@@ -657,8 +657,8 @@ def generate(count, level, seed=0):
 
 
 def dig(level, rng):
-    """Some 1,500 (puzzles, solutions) of one level, 250 of hard ones, as `generate` says."""
-    size = 512 if level == "hard" else 2048
+    """Well over half of `size` (puzzles, solutions) of one level, as `generate` says."""
+    size = 768 if level == "hard" else 2048
     puzzles = np.zeros((size, 9, 9), np.uint8)
     for i in (0, 3, 6):  # boxes that share no line can be filled at random; the search fills the rest
         puzzles[:, i : i + 3, i : i + 3] = rng.permuted(np.tile(np.arange(1, 10), (size, 1)), axis=1).reshape(-1, 3, 3)
