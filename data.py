@@ -759,9 +759,10 @@ def read_rows(path, content, line, columns):
     while (spaces := (ends > starts) & np.isin(text[ends - 1], (9, 13, 32))).any():
         ends = ends - spaces
     numbers = line + np.arange(len(starts))
-    filled = (ends > starts) & (text[starts] != 35)  # empty lines and comments are passed over
-    starts, ends, numbers = starts[filled], ends[filled], numbers[filled]
+    filled = (ends > starts) & (text[starts] != 35)  # empty lines and comments are passed over, with their commas
     commas = np.flatnonzero(text == 44)
+    commas = commas[filled[np.searchsorted(starts, commas, "right") - 1]]
+    starts, ends, numbers = starts[filled], ends[filled], numbers[filled]
     have = np.searchsorted(commas, ends) - np.searchsorted(commas, starts)
     if (have != count - 1).any():
         row = np.flatnonzero(have != count - 1)[0]
@@ -850,7 +851,6 @@ def sudoku_text(suffix, puzzles, solutions=None):
     return "\n".join(["[Puzzle]", *(lines[0][i : i + 9] for i in range(0, 81, 9))]) + "\n"
 
 
-
 GENERATED = {"train": (4000, 4000, 300), "val": (150, 150, 100), "test": (300, 300, 100)}  # of each level
 
 
@@ -860,7 +860,7 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
     Images are puzzles uint8 [N, 81], 0 a blank. Labels are uint8 [N, 82]: the digit of a blank and 0
     for a clue, and last the level (`grade`). No validation or test puzzle shares its solution grid
     with a training puzzle, up to every symmetry of Sudoku (`symmetry_class`). Repeated puzzles are
-    dropped and counted; ValueError for a puzzle in both train and val.
+    dropped and counted; ValueError for a puzzle of another split that stands in train too.
     """
     sets, notes = (generated(Path(cache_dir)) if source is None else read_splits(source)), []
     for name, (puzzles, solutions) in sets.items():

@@ -50,9 +50,6 @@ READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
     "evaluate": "evaluate output data cache_dir batch_size workers device amp channels_last message_steps".split(),
     "predict": "predict input search output device amp message_steps".split(),
 }
-OF_IMAGES = ("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained")
-OF_SUDOKU = ("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
-             "curriculum")  # fmt: skip
 OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
 WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --predict takes where no checkpoint is named
 SHOWN_BOARDS, MAX_GUESSES = 100, 100_000
@@ -854,6 +851,7 @@ class Family:
     prepare: Callable  # (meta, memory_format) -> function of a batch -> the model's input
     augment: Callable  # (config, meta, memory_format) -> function of (batch, index, epoch) -> the model's input
     order: Callable  # (config, split) -> function of the epoch -> the order of its samples
+    flags: tuple  # those that only this kind of data knows
     to_score: Callable  # (config, given flags) -> (Data, the name of the split that --evaluate scores, or None)
     optimizer: str
     prefers_bf16: Callable  # (model's name) -> whether an AMX CPU trains it faster so
@@ -916,6 +914,7 @@ def shuffled(config, split):
 IMAGES = Family(
     load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
     augment=image_augment, order=shuffled,
+    flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained"),
     arguments=lambda config, source: (
         {"stem_stride": models.stem_stride_for(source.image_size)} if config["model"] == "custom" else {}),
     optimizer="adamw", prefers_bf16=lambda model: model == "custom",
@@ -959,6 +958,8 @@ PUZZLES = Family(
     arguments=lambda config, source: {
         **{name: config[name] for name in ("width", "hidden", "free_steps", "grad_steps")},
         "message_steps": config["message_steps"] or 64},
+    flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
+           "curriculum"),
     optimizer="muon", prefers_bf16=lambda model: True,
 )  # fmt: skip
 
@@ -1190,10 +1191,10 @@ def main(argv=None):
             if config["output"]:
                 utils.write_json(config["output"], results[0] if len(results) == 1 else results)
             return 0
-        sudoku = FAMILIES[config["model"]] is PUZZLES
-        if other := [key for key in given if key in (OF_IMAGES if sudoku else OF_SUDOKU) and config["resume"] is None]:
-            kind = "images" if sudoku else "sudoku_gnn"
-            raise ValueError(f"--{other[0]}: is for {kind}, the model is {config['model']}")
+        for name, family in FAMILIES.items():
+            other = [key for key in given if key in family.flags and key not in FAMILIES[config["model"]].flags]
+            if other and config["resume"] is None:
+                raise ValueError(f"--{other[0]}: is for {name} and its kind, the model is {config['model']}")
         if config["resume"] is not None:
             folder = find_run(config["resume"] or config["run_name"])
             config = resumed_config(folder, config, given)

@@ -165,7 +165,8 @@ def files(folder, puzzles, solutions):
         "rrn": rows(p, s).encode().rstrip(b"\n"),
         "extreme": ("source,question,answer,rating\n" + rows(["x_1"] * len(p), dots, s, n)).encode(),
         "packed": gzip.compress(("puzzle,solution\n" + rows(p, s)).encode()),
-        "lines": ("# a comment\n\n" + "  \n".join(text.replace("0", "*") for text in p) + "\n\n").encode(),
+        "lines": ("# one, two\n\n" + "  \n".join(text.replace("0", "*") for text in p) + "\n\n").encode(),
+        "commented": ("# by, me\n" + rows(p, s) + "#, the end\n").encode(),
         "quoted": ('"puzzle","solution"\n' + rows([f'"{text}"' for text in p], [f'"{text}"' for text in s])).encode(),
         "column": ("Puzzle\n" + "\n".join(p)).encode(),
     }
@@ -586,7 +587,7 @@ PREDICT_FAULTS = {
     f"{SMALL} --data p.csv --hidden 1000000": "--hidden: must be an integer at least 1 and at most 1024",
     f"{SMALL} --data=": "no such file or folder",
     f"{SMALL} --data nowhere.csv": "no such file or folder",
-    f"{SMALL} --data p.csv --cutout 4": "--cutout: is for images",
+    f"{SMALL} --data p.csv --cutout 4": "--cutout: is for custom",
     "--model custom --focal_gamma 2": "--focal_gamma: is for sudoku_gnn",
     "--predict --input two.sdm --output two.sdm": "is the --input",
     "--predict --input two.sdm --resume": "--resume: does not go with --predict",
