@@ -1175,6 +1175,21 @@ def centre(images, image_size, mean, std):
     return normalise(images[:, top : top + image_size, left : left + image_size], mean, std)
 
 
+def image_views(inputs):
+    """(view, weight) pairs of float [B, C, H, W] for test-time augmentation (Jordan 2024, arXiv:2404.00498).
+
+    The image, and with half its weight each the image moved by one px to the lower right and the upper left; all
+    three also from left to right.
+    """
+    _, _, height, width = inputs.shape
+    padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
+    moved = [padded[:, :, i : i + height, i : i + width] for i in (0, 2)]
+    same = inputs.is_contiguous(memory_format=torch.channels_last)
+    for view, weight in ((inputs, 0.25), (moved[0], 0.125), (moved[1], 0.125)):
+        for turned in (view, view.flip(3)):
+            yield turned.contiguous(memory_format=torch.channels_last if same else torch.contiguous_format), weight
+
+
 def sudoku_symmetry(index, seed, epoch):
     """A random symmetry of Sudoku for each sample: (cells int64 [B, 81], digits int64 [B, 10]), each its own draw.
 
@@ -1263,8 +1278,12 @@ def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
 
     def fetch(order, start=0):
         pieces[:] = chunks(order, batch_size)[start:]
+        ahead = []  # the next batch is under way to the device while the loop works on this one
         for (images, labels), index in zip(loader, list(pieces)):
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index
+            ahead.append((images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index))
+            if len(ahead) > 1:
+                yield ahead.pop(0)
+        yield from ahead
 
     return fetch
 

@@ -5,14 +5,49 @@ Axes: B batch, C channels, H height, W width, K classes. Images are float [B, C,
 
     model = build_model("efficientnet_b0", num_classes=10)
     loss = image_loss(model(images), labels) / len(labels)
+
+python model.py prints what each model needs of a GPU's memory.
 """
 
+import contextlib
 import math
 import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# --------------------------------------------------------------------------- activation checkpoints
+
+
+def direct(stage, *inputs):
+    """stage(*inputs): how a model runs its stages, unless its `run_stage` is set to `recomputed`."""
+    return stage(*inputs)
+
+
+def recomputed(stage, *inputs):
+    """stage(*inputs), its activations not kept but computed again in the backward pass (Chen et al. 2016).
+
+    The second pass draws the same random numbers and leaves BatchNorm's statistics as they were.
+    """
+    if not torch.is_grad_enabled():
+        return stage(*inputs)
+    second = lambda: (contextlib.nullcontext(), hold_buffers(stage))
+    return checkpoint(stage, *inputs, use_reentrant=False, context_fn=second)
+
+
+@contextlib.contextmanager
+def hold_buffers(stage):
+    """Buffers of the module `stage` (a bare function has none) leave the block as they entered it."""
+    buffers = [buffer.data for buffer in getattr(stage, "buffers", tuple)()]  # .data: autograd counts no change
+    held = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(buffers, held):
+            buffer.copy_(old)
+
 
 # ------------------------------------------------------------------------------------ custom CNN
 
@@ -41,13 +76,21 @@ class CustomCNN(nn.Module):
 
     Input float [B, in_channels, H, W] with H, W >= 8 * stem_stride; output logits [B, num_classes].
     The stem's stride keeps the stages at about 32x32 whatever the image: 1 up to 47 px, 2 up to
-    95 px, 4 above (`stem_stride_for`).
+    95 px, 4 above (`stem_stride_for`). `widths` are the channels of the stem and the three stages.
+    With `whiten` the stem is what `whiten_stem` makes of the training images, and is not trained.
     """
 
-    def __init__(self, num_classes, in_channels=3, stem_stride=1, widths=(64, 128, 256, 416)):
+    run_stage = staticmethod(direct)
+
+    def __init__(self, num_classes, in_channels=3, stem_stride=1, widths=(64, 128, 256, 416), whiten=False):
         super().__init__()
         a, b, c, d = widths
-        self.stem = ConvBlock(in_channels, a, stride=stem_stride)
+        kernel_size = 2 * stem_stride
+        if whiten:  # eigenvectors and their negatives, as ReLU keeps one side of each
+            a = min(a // 2, in_channels * kernel_size**2) * 2
+            self.stem = nn.Sequential(nn.Conv2d(in_channels, a, kernel_size, stem_stride), nn.ReLU())
+        else:
+            self.stem = ConvBlock(in_channels, a, stride=stem_stride)
         self.stage1 = ConvBlock(a, b, pool=True)  # [B, b, 16, 16] for 32 px
         self.residual1 = nn.Sequential(ConvBlock(b, b), ConvBlock(b, b))
         self.stage2 = ConvBlock(b, c, pool=True)  # [B, c, 8, 8]
@@ -56,13 +99,30 @@ class CustomCNN(nn.Module):
         self.head = nn.Linear(d, num_classes)
         initialise(self)
         nn.init.zeros_(self.head.weight)
+        if whiten:
+            self.stem[0].weight.requires_grad_(False)
 
     def forward(self, x):
-        x = self.stage1(self.stem(x))
-        x = x + self.residual1(x)
-        x = self.stage3(self.stage2(x))
-        x = x + self.residual3(x)
+        run = self.run_stage
+        x = run(self.stage1, run(self.stem, x))
+        x = x + run(self.residual1, x)
+        x = run(self.stage3, run(self.stage2, x))
+        x = x + run(self.residual3, x)
         return self.head(x.flatten(2).amax(2)) / 8  # [B, d, H, W] -> [B, d]; unscaled, SGD at 0.1 diverges
+
+
+@torch.no_grad()
+def whiten_stem(model, images, eps=5e-4):
+    """Mutates a CustomCNN built with `whiten`: its stem decorrelates the patches of `images` float [B, C, H, W].
+
+    Filters are the leading eigenvectors of the patches' second moments over the root of their
+    eigenvalues, and their negatives (Page 2018; Jordan 2024, arXiv:2404.00498).
+    """
+    stem = model.stem[0]
+    patches = F.unfold(images, stem.kernel_size, stride=stem.stride).mT.flatten(0, 1).double()  # [windows, C * k * k]
+    eigenvalues, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+    filters = (vectors / (eigenvalues + eps).sqrt()).T.flip(0)[: stem.out_channels // 2]
+    stem.weight.copy_(torch.cat([filters, -filters]).view_as(stem.weight))
 
 
 def stem_stride_for(image_size):
@@ -84,11 +144,26 @@ B0_STAGES = (
 )
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d whose depthwise form stays in float32 on a CPU, where 16 bits are slower even with AMX.
+
+    Forward and backward of a stride 2 over [16, 96, 64, 64]: 3 ms against 22 on two AMX cores.
+    """
+
+    wide_on = ("cpu",)
+
+    def forward(self, x):
+        if self.groups == 1 or x.device.type not in self.wide_on:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def conv_bn(in_channels, out_channels, kernel_size, stride=1, groups=1, activation=True):
     """Convolution and BatchNorm, then SiLU where `activation`; modules 0, 1, 2 as in torchvision."""
     padding = kernel_size // 2
     layers = [
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
+        Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
     ]
     return nn.Sequential(*layers, nn.SiLU()) if activation else nn.Sequential(*layers)
@@ -140,6 +215,8 @@ class EfficientNetB0(nn.Module):
     [B, num_classes]. Stochastic depth rises linearly over the 16 blocks to `drop_path` * 15 / 16.
     """
 
+    run_stage = staticmethod(direct)
+
     def __init__(self, num_classes, in_channels=3, dropout=0.2, drop_path=0.2):
         super().__init__()
         features, channels, block = [conv_bn(in_channels, 32, 3, 2)], 32, 0
@@ -158,7 +235,10 @@ class EfficientNetB0(nn.Module):
         nn.init.zeros_(self.classifier[1].weight)
 
     def forward(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))  # [B, 1280, H/32, W/32] -> [B, K]
+        for stage in self.features:
+            for block in stage if isinstance(stage[0], MBConv) else [stage]:
+                x = self.run_stage(block, x)
+        return self.classifier(x.mean((2, 3)))  # [B, 1280, H/32, W/32] -> [B, K]
 
 
 def initialise(model):
@@ -256,6 +336,8 @@ class SudokuGNN(nn.Module):
     they stay what they were in training at any depth.
     """
 
+    run_stage = staticmethod(direct)
+
     def __init__(self, num_classes=9, in_channels=1, width=32, hidden=64, pooled=8, free_steps=24, grad_steps=6,
                  message_steps=64):  # fmt: skip
         super().__init__()
@@ -294,7 +376,7 @@ class SudokuGNN(nn.Module):
                     x = self.message_step(x, embedded, w, gather, spread)
             logits = []
             for _ in range(self.grad_steps if self.training else 1):
-                x = self.message_step(x, embedded, w, gather, spread)
+                x = self.run_stage(self.message_step, x, embedded, w, gather, spread)
                 logits.append((x @ w["head"]).float())
             logits = torch.stack(logits)  # [S, 9, 81, B]
             known = torch.where(clue == 0, 0.0, -1e4)
@@ -369,3 +451,85 @@ def parameter_groups(model, weight_decay):
     decay, no_decay = [p for decays, p in trained if decays], [p for decays, p in trained if not decays]
     assert len(decay) + len(no_decay) == len(trained), (len(decay), len(no_decay), len(trained))
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def activation_bytes(model, inputs):
+    """Bytes that autograd keeps from model(inputs) to its backward pass, parameters not counted.
+
+    Of a model whose stages are `recomputed`: with the largest stage, which the backward pass holds
+    again. Call it under the autocast of training.
+    """
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def trace(run_stage):
+        kept, stages = {}, [0]
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        def run(stage, *arguments):
+            before = sum(kept.values())
+            outputs = run_stage(stage, *arguments)
+            stages.append(sum(kept.values()) - before)
+            return outputs
+
+        model.run_stage = run
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = model(inputs)  # noqa: F841 holds the graph, so that no storage's place is taken anew
+        return sum(kept.values()), max(stages)
+
+    chosen = model.run_stage
+    try:
+        with hold_buffers(model), torch.random.fork_rng():
+            total, largest = trace(direct)
+            return trace(recomputed)[0] + largest if chosen is recomputed else total
+    finally:
+        model.run_stage = chosen
+
+
+def estimate_memory(model, example, moments=2, ema=False):
+    """{"weights", "gradients", "optimizer", "ema", "once", "sample"}: bytes that training will hold.
+
+    `example` are at least four inputs; `moments` the optimizer's tensors a weight (2 AdamW, 1 SGD or
+    Muon). "once" and "sample" are activations, whatever the batch and for each of its samples.
+    """
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    few, more = activation_bytes(model, example[:2]), activation_bytes(model, example[:4])
+    sample = (more - few) // 2
+    return {"weights": weights, "gradients": trained, "optimizer": moments * trained, "ema": ema * weights,
+            "once": few - 2 * sample, "sample": sample}  # fmt: skip
+
+
+def largest_batch(memory, memory_gb):
+    """The batch that fits a GPU of memory_gb by `estimate_memory`'s dict, 0 where none does.
+
+    A tenth of the card and 0.5 GiB (context, kernels) stay free; a sample takes a tenth more while
+    gradients pass.
+    """
+    fixed = sum(size for name, size in memory.items() if name != "sample")
+    return max(0, int(((0.9 * memory_gb - 0.5) * 2**30 - fixed) / (1.1 * memory["sample"])))
+
+
+if __name__ == "__main__":
+    Conv2d.wide_on = ()  # as on a GPU
+    print("MiB with AdamW and EMA: weights, gradients, optimizer, EMA; activations a sample; the batch that fits in")
+    rows = [("custom", 32), ("custom", 128), ("efficientnet_b0", 64), ("efficientnet_b0", 224), ("sudoku_gnn", 0)]
+    for name, size in rows:
+        example = torch.zeros(4, 3, size, size) if size else torch.zeros(4, 81, dtype=torch.uint8)
+        for dtype, recompute in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+            arguments = {"stem_stride": stem_stride_for(size)} if name == "custom" else {}
+            model = build_model(name, 10 if size else 9, **arguments)
+            model.run_stage = recomputed if recompute else direct
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                memory = estimate_memory(model.to(memory_format=torch.channels_last), example, ema=True)
+            fixed = ", ".join(f"{memory[part] / 2**20:.1f}" for part in ("weights", "gradients", "optimizer", "ema"))
+            batches = ", ".join(f"{largest_batch(memory, gb):,} in {gb} GB" for gb in (4, 6, 8))
+            what = f"{name} {size or ''} {str(dtype)[6:]}{' --checkpoint_activations' * recompute}"
+            print(f"{what:56} {fixed:24} {memory['sample'] / 2**20:6.2f}   {batches}")

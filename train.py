@@ -30,7 +30,9 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,15 +47,17 @@ import utils
 MAX_BAD_STEPS = 25  # in a row; fp16 halves its scale 16 times from 65,536 to 1, so 25 is no mere overflow
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNS = Path("runs")
-MODES = ("config", "resume", "find_lr", "evaluate", "predict", "input", "search", "output")  # no part of a run's config
+MODES = tuple("config resume find_lr evaluate predict input search tta output".split())  # no part of a run's config
 READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
-    "evaluate": "evaluate output data cache_dir batch_size workers device amp channels_last message_steps".split(),
+    "evaluate": "evaluate tta output data cache_dir batch_size workers device amp channels_last message_steps".split(),
     "predict": "predict input search output device amp message_steps".split(),
 }
 OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
 WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --predict takes where no checkpoint is named
 SHOWN_BOARDS, MAX_GUESSES = 100, 100_000
-FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "run_name", "cache_dir", "data")
+FREE_ON_RESUME = tuple(
+    "device workers save_every tensorboard wandb run_name cache_dir data memory_gb checkpoint_activations".split()
+)
 
 
 # -------------------------------------------------------------------------------------- the flags
@@ -85,6 +89,13 @@ def boolean(text):
     if text not in ("True", "False", "true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, got {shown(text)}")
     return text in ("True", "true")
+
+
+def widths(text):
+    """Four channel counts with commas, for --widths; the text itself, as presets and config.json hold it."""
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3}){3}", text) or int(text.split(",")[0]) < 2:
+        raise argparse.ArgumentTypeError(f"must be four integers such as 64,128,256,416, got {shown(text)}")
+    return text
 
 
 def run_name(text):
@@ -136,10 +147,15 @@ def build_parser():
     add("--flip", type=boolean, nargs="?", const=True, help="from left to right; else on for colour images only")
     add("--min_crop_area", type=number(float, 0, 1, open_low=True), default=0.35, help="of random resized crops")
     add("--cutout", type=number(int, 0, 2048), default=0, help="px a side of the square set to the mean")
+    add("--val_every", type=number(int, 1, word="adaptive"), default=1, help="epochs between validations, the last "
+        "always; adaptive: 1 up to epoch 10, 2 up to 30, then 3")  # fmt: skip
+    add("--val_samples", type=number(int, 0), default=0, help="a stratified sample scored in between; 0: none")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), default="efficientnet_b0", help="the network")
     add("--pretrained", type=str, nargs="?", const="official", help="a weights file; alone: the official B0 file")
+    add("--widths", type=widths, help="custom: channels of the stem and the three stages; else 64,128,256,416")
+    add("--whiten", type=boolean, nargs="?", const=True, default=False, help="custom: a frozen stem that decorrelates")
     size, steps = number(int, 1, 1024), number(int, 1, 10_000)
     add("--width", type=size, default=32, help="sudoku_gnn: features of a candidate's state")
     add("--hidden", type=size, default=64, help="sudoku_gnn: features of a message")
@@ -153,8 +169,9 @@ def build_parser():
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, default=10, help="passes over the training split")
-    add("--batch_size", type=positive, default=16, help="samples a micro-batch")
+    add("--batch_size", type=number(int, 1, word="auto"), default=16, help="a micro-batch's samples; auto: what fits")
     add("--accumulation_steps", type=positive, default=1, help="micro-batches a step")
+    add("--effective_batch", type=positive, help="samples a step, in place of accumulation_steps; auto's 128")
     add("--clip_grad_norm", type=at_least_0, default=0.0, help="largest gradient norm; 0: no clipping")
     add("--optimizer", choices=["adamw", "sgd", "muon"], help="else muon for sudoku_gnn, adamw for images")
     add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak; else 0.003 adamw, 0.1 sgd, 0.005 muon")
@@ -180,13 +197,18 @@ def build_parser():
     precisions = ["auto", "True", "False", "fp16", "bf16"]
     add("--amp", choices=precisions, nargs="?", const="True", default="auto", help="mixed precision")
     add("--channels_last", type=boolean, nargs="?", const=True, default=True, help="memory format of the model")
-    add("--compile", type=boolean, nargs="?", const=True, default=False, help="torch.compile, where it works")
+    add("--memory_gb", type=rate, help="of the GPU, else all but a twentieth; on a CPU what --batch_size auto may take")
+    recompute = "compute them again in the backward pass in place of keeping them"
+    add("--checkpoint_activations", type=boolean, nargs="?", const=True, default=False, help=recompute)
+    add("--deterministic", type=boolean, nargs="?", const=True, default=True, help="cuDNN too, for bitwise resume")
+    modes = ["off", "default", "reduce-overhead", "max-autotune"]
+    add("--compile", choices=modes, nargs="?", const="default", default="off", help="torch.compile, where it works")
 
     add = parser.add_argument_group("run").add_argument
     add("--run_name", type=run_name, help="the folder under runs/; else model and time")
     add("--save_every", type=number(int, 0), default=0, help="steps between saves within an epoch; 0: at its end only")
     add("--resume", type=str, nargs="?", const="", help="go on with a run (alone: the one started last)")
-    add("--early_stopping", type=number(int, 0), default=0, metavar="PATIENCE", help="epochs without a gain; 0: off")
+    add("--early_stopping", type=number(int, 0), default=0, metavar="PATIENCE", help="validations without gain; 0: off")
     add("--min_delta", type=at_least_0, default=0.0, help="the least change that is a gain")
     add("--monitor", type=str, help="what best.pt and patience go by; else accuracy or solve_rate of val or ema")
     add("--tensorboard", type=boolean, nargs="?", const=True, default=False, help="scalars for TensorBoard")
@@ -197,6 +219,7 @@ def build_parser():
     add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
     add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
     add("--predict", type=str, nargs="?", const=str(WEIGHTS), metavar="CKPT", help="solve the puzzles of --input")
+    add("--tta", type=boolean, nargs="?", const=True, default=False, help="--evaluate: six views of an image, averaged")
     add("--input", type=str, metavar="FILE", help="puzzles: CSV, .sdk, .ss, .sdm, gzip too")
     add("--search", type=boolean, nargs="?", const=True, default=False, help="finish what the network does not, proved")
     add("--output", type=str, metavar="FILE",
@@ -282,18 +305,30 @@ class Task:
     """What the loop needs of a model family: pure functions of (outputs, targets).
 
     `loss` is a *sum* over the items of the batch (a float32 scalar), which `items` counts. `measure`
-    gives {name: (sum, how many it was summed over)}, each name of `metrics` if it can be there.
+    gives (sums [metrics], what they were summed over: a number, or [metrics]), in the order of `metrics`.
     `monitor` is the metric that best.pt goes by, `shown` how logs format the metrics, `unit` what
     samples are called.
     """
 
     loss: Callable
-    measure: Callable = lambda outputs, targets: {}
+    measure: Callable = lambda outputs, targets: (torch.zeros(0, device=outputs.device), 0)
     metrics: tuple = ()
     items: Callable = len
     monitor: str = "loss"
     shown: dict = field(default_factory=dict)
     unit: str = "samples"
+
+
+class Sums(NamedTuple):
+    """Totals over samples, on the device: the loss above its items, and the metrics above what each counted."""
+
+    loss: torch.Tensor | float  # scalar
+    items: torch.Tensor | int
+    values: torch.Tensor  # [metrics]
+    counts: torch.Tensor | int  # [metrics], or one count for all
+
+    def plus(self, other):
+        return Sums(*(a + b for a, b in zip(self, other)))
 
 
 @dataclass
@@ -309,18 +344,24 @@ class TrainState:
     epoch_step: int = 0  # steps done in the epoch under way
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    sums: torch.Tensor | None = None  # float64 [2, loss and metrics] of the epoch under way: sums and counts
+    sums: Sums | None = None  # of the epoch under way, in float64
+    micro_batch: int | None = None  # samples at once, since memory ran out; None: batches as they come
     seconds: float = 0.0  # training time of the epoch under way
     history: list = field(default_factory=list)  # a dict an epoch: metrics.csv
     finished: bool = False
     forward: Callable | None = None  # the model, compiled where asked; not saved
 
-    PLAIN = ("step", "epoch", "epoch_step", "bad_steps", "bad_in_a_row", "sums", "seconds", "history", "finished")
+    PLAIN = tuple("step epoch epoch_step bad_steps bad_in_a_row micro_batch seconds history finished".split())
+
+    def __post_init__(self):  # gathered once: walking the modules costs 0.3 ms for EfficientNet-B0
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.buffers = list(self.model.buffers())
+        self.live = self.model.state_dict()  # the tensors themselves, not copies
 
     def to_checkpoint(self):
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "ema": self.ema,
+            "scaler": self.scaler.state_dict(), "ema": self.ema, "sums": self.sums and list(self.sums),
             **{name: getattr(self, name) for name in self.PLAIN},
         }  # fmt: skip
 
@@ -333,8 +374,9 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         for name in self.PLAIN:
             setattr(self, name, saved[name])
-        device = next(self.model.parameters()).device
-        self.sums = None if self.sums is None else self.sums.to(device, sum_dtype(device))
+        device = self.parameters[0].device
+        like = dict(device=device, dtype=sum_dtype(device))
+        self.sums = saved["sums"] and Sums(*(v.to(**like) if torch.is_tensor(v) else v for v in saved["sums"]))
         if self.ema is not None:
             for name, tensor in saved["ema"].items():
                 self.ema[name].copy_(tensor)
@@ -354,10 +396,6 @@ class Together:
         for part in self.parts:
             part.step()
 
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad()
-
     def state_dict(self):
         return {"parts": [part.state_dict() for part in self.parts]}
 
@@ -366,23 +404,52 @@ class Together:
             part.load_state_dict(state)
 
 
-def build_optimizer(model, name, lr, weight_decay, momentum, device):
-    """AdamW, fused where the device has it, SGD with Nesterov momentum, or Muon beside AdamW.
+class Muon:
+    """torch.optim.Muon, which takes matrices alone, for filters too: [out, in, h, w] is [out, in * h * w]."""
 
-    Muon (Jordan et al. 2024) makes each update of a matrix orthogonal, at a scale where AdamW's rates
-    hold; filters, embeddings, biases and scales stay with AdamW.
+    def __init__(self, parameters, lr, weight_decay, momentum):
+        matrices = [nn.Parameter(as_matrix(p.detach())) for p in parameters]
+        self.inner = torch.optim.Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
+        self.param_groups = [{**self.inner.param_groups[0], "params": parameters}]
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, saved):
+        self.inner.load_state_dict(saved)
+        self.param_groups[0].update({**self.inner.param_groups[0], "params": self.param_groups[0]["params"]})
+
+    def step(self):
+        inner, outer = self.inner.param_groups[0], self.param_groups[0]
+        inner.update({name: value for name, value in outer.items() if name != "params"})
+        for matrix, p in zip(inner["params"], outer["params"]):
+            matrix.grad = None if p.grad is None else as_matrix(p.grad)
+        self.inner.step()
+
+
+def as_matrix(weight):
+    """A view [out, rest] of a dense weight or gradient [out, ...], its columns in the order of its memory."""
+    return weight.as_strided((len(weight), weight[0].numel()), (weight[0].numel(), 1))
+
+
+def build_optimizer(model, name, lr, weight_decay, momentum, device):
+    """AdamW or SGD with Nesterov momentum, fused where the device has it, or Muon beside AdamW.
+
+    Muon (Jordan et al. 2024) makes each update of a matrix or of dense filters orthogonal, at a scale where AdamW's
+    rates hold; heads, embeddings, depthwise filters, biases and scales stay with AdamW.
     """
     groups = models.parameter_groups(model, weight_decay)
+    fused = device.type in ("cuda", "cpu", "mps")
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
-    matrices = [p for p in groups[0]["params"] if name == "muon" and p.ndim == 2]
+        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    head = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    suits = lambda p: name == "muon" and p[0].numel() > p[0, 0].numel() and not (head and p is head[0])
+    matrices = [p for p in groups[0]["params"] if suits(p)]
     if matrices:
-        groups[0]["params"] = [p for p in groups[0]["params"] if p.ndim != 2]
+        groups[0]["params"] = [p for p in groups[0]["params"] if not suits(p)]
         groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=device.type in ("cuda", "cpu", "mps"))
-    if not matrices:
-        return adamw
-    return Together(torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    adamw = torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
+    return Together(Muon(matrices, lr, weight_decay, momentum), adamw) if matrices else adamw
 
 
 # ------------------------------------------------------------------------------------- schedules
@@ -459,13 +526,12 @@ def start_ema(model):
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay, updates):
-    """Move `ema` towards the model in place: ema += (1 - d) * (model - ema), d = min(decay, (1 + n) / (10 + n)).
+def update_ema(ema, own, decay, updates):
+    """Move `ema` towards `own`, the model's state_dict(), in place: ema += (1 - d) * (own - ema).
 
-    n = `updates` counts the updates before this one. Whole-number buffers are copied. One fused call:
-    1.1 ms for EfficientNet-B0 on two cores, against 3.5 ms of AveragedModel.
+    d = min(decay, (1 + n) / (10 + n)); n = `updates` counts the updates before this one. Whole-number
+    buffers are copied. One fused call: 1.1 ms for EfficientNet-B0 on two cores, AveragedModel takes 3.5.
     """
-    own = model.state_dict()
     floats = [name for name in ema if ema[name].is_floating_point()]
     weight = 1 - min(decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_([ema[name] for name in floats], [own[name] for name in floats], weight)
@@ -477,61 +543,93 @@ def update_ema(ema, model, decay, updates):
 
 
 def autocast(device, dtype):
-    """torch.autocast to `dtype`; a no-op for float32."""
-    enabled = dtype != torch.float32
-    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
+    """torch.autocast to `dtype`; nothing for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0):
+def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0, seed=None):
     """Mutates `state`: one optimizer update from a window of batches (images, targets, index).
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient of
     the one big batch (BatchNorm apart, which sees each batch alone). `augment(images, index)` makes the
-    model's input. A loss or gradient that is not finite changes no weight, buffer, optimizer state or
-    EMA. Returns (float64 [2, loss and metrics] on the device: sums and counts, gradient norm, whether the
-    step was good).
+    model's input; `seed` is of dropout and its like. A loss or gradient that is not finite changes no
+    weight, buffer, optimizer state or EMA. Where memory runs out, the window is done again in halved
+    batches with the same randomness, and `state.micro_batch` keeps their size. Returns (Sums, gradient
+    norm, whether the step was good).
     """
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    forward = model if state.forward is None else state.forward
-    buffers = list(model.buffers())
-    held = [buffer.clone() for buffer in buffers]
-    items = sum(task.items(targets) for _, targets, _ in window)
-    sums = 0
-    for images, targets, index in window:
-        with autocast(images.device, dtype):
-            outputs = forward(augment(images, index))
-            loss = task.loss(outputs, targets)
-        scaler.scale(loss / items).backward()
-        sums = sums + totals(task, loss, outputs, targets)
+    optimizer, scaler = state.optimizer, state.scaler
+    held = [buffer.clone() for buffer in state.buffers]
+    sums = None
+    while sums is None:
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            sums = accumulate(state, split(window, state.micro_batch), task, augment, dtype)
+        except RuntimeError as error:
+            largest = max(len(images) for images, *_ in split(window, state.micro_batch))
+            if not utils.out_of_memory(error) or largest < 2:
+                raise
+            state.micro_batch = largest // 2
+        if sums is None:  # past the except clause, which holds on to the tensors of the pass that failed
+            undo(state, held)
     scaler.unscale_(optimizer)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    good = bool(torch.isfinite(norm) & torch.isfinite(sums[0, 0]))  # the step's one synchronisation
+    gradients = [p.grad for p in state.parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    good = math.isfinite((norm + sums.loss).item())  # the step's one synchronisation
     if good:
         if clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(state.parameters, clip_grad_norm, norm)
         scaler.step(optimizer)
         if state.ema is not None:
-            update_ema(state.ema, model, ema_decay, state.step - state.bad_steps)
-    else:
-        torch._foreach_copy_(buffers, held)
+            update_ema(state.ema, state.live, ema_decay, state.step - state.bad_steps)
     scaler.update()
-    optimizer.zero_grad()
+    undo(state, [] if good else held)
     state.step += 1
     state.bad_steps += not good
     state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
     return sums, norm, good
 
 
+def accumulate(state, window, task, augment, dtype):
+    """Mutates the gradients of `state`: adds those of the window's mean loss; the window's Sums."""
+    forward = state.model if state.forward is None else state.forward
+    counts = [task.items(targets) for _, targets, _ in window]
+    items, sums = sum(counts), None
+    for (images, targets, index), count in zip(window, counts):
+        with autocast(images.device, dtype):
+            outputs = forward(augment(images, index))
+            loss = task.loss(outputs, targets)
+        state.scaler.scale(loss / items).backward()
+        found = Sums(loss.detach(), count, *measured(task, outputs, targets))
+        sums = found if sums is None else sums.plus(found)
+    return sums
+
+
 @torch.no_grad()
-def totals(task, loss, outputs, targets):
-    """float64 [2, loss and metrics] of one batch, on the device: the sums above what they were summed over."""
-    found = task.measure(outputs, targets)
-    pairs = [(loss, task.items(targets)), *(found.get(name, (0, 0)) for name in task.metrics)]
-    like = dict(dtype=sum_dtype(loss.device), device=loss.device)
-    # a number is filled in on the device: a copy to it would wait for the step's work
-    scalars = [[v.to(**like) if torch.is_tensor(v) else torch.full((), v, **like) for v in row] for row in zip(*pairs)]
-    return torch.stack([torch.stack(row) for row in scalars])
+def measured(task, outputs, targets):
+    return task.measure(outputs, targets)
+
+
+def undo(state, held):
+    """Mutates `state`: no gradients, and the buffers `held` where some are."""
+    for p in state.parameters:
+        p.grad = None
+    for buffer, old in zip(state.buffers, held):
+        buffer.copy_(old)
+
+
+def split(window, micro_batch):
+    """The window in batches of up to `micro_batch` samples; as it is for None."""
+    if micro_batch is None:
+        return window
+    pieces = [(batch, part) for batch in window for part in data.chunks(torch.arange(len(batch[0])), micro_batch)]
+    return [tuple(None if a is None else a[part[0] : part[-1] + 1] for a in batch) for batch, part in pieces]
+
+
+def no_sums(task, device):
+    """Sums of nothing, in float64 where the device has it, to add to."""
+    zeros = lambda *shape: torch.zeros(shape, device=device, dtype=sum_dtype(device))
+    return Sums(zeros(), 0, zeros(len(task.metrics)), 0)
 
 
 def sum_dtype(device):
@@ -540,32 +638,39 @@ def sum_dtype(device):
 
 
 def means(sums, task):
-    """{"loss": …, metric: …} of [2, loss and metrics]; NaN where no item was counted.
+    """{"loss": …, metric: …} of Sums; NaN where no item was counted.
 
     A metric of its own count (the solve rate of hard boards) is left out where there was none.
     """
-    totals, counts = sums.tolist()
+    totals = [sums.loss.item(), *sums.values.tolist()]
+    counts = [float(sums.items), *(sums.counts * torch.ones_like(sums.values)).tolist()]
     named = zip(("loss", *task.metrics), totals, counts)
     return {name: total / count if count else math.nan for name, total, count in named if count or not counts[0]}
 
 
 @torch.inference_mode()
-def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None):
+def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, views=lambda inputs: [(inputs, 1.0)]):
     """{"loss": …, metric: …} of `model` in eval mode over batches (images, targets, index), each item once.
 
     `weights` (a state dict, such as the EMA) stand in for the model's own, which stay as they are.
+    `views(inputs)` gives (view, weight) pairs, whose outputs are averaged: test-time augmentation.
     """
     training = model.training
     model.eval()
-    sums = 0
+    call = model if weights is None else lambda inputs: functional_call(model, weights, (inputs,))
+    sums = None
     for images, targets, _ in batches:
         with autocast(images.device, dtype):
-            inputs = prepare(images)
-            outputs = model(inputs) if weights is None else functional_call(model, weights, (inputs,))
+            outputs = sum(at_least_float32(call(view)) * weight for view, weight in views(prepare(images)))
             loss = task.loss(outputs, targets)
-        sums = sums + totals(task, loss, outputs, targets)  # outside autocast, which would count in 16 bits
+        found = Sums(loss, task.items(targets), *task.measure(outputs, targets))  # outside autocast: 16 bits miscount
+        sums = (no_sums(task, images.device) if sums is None else sums).plus(found)
     model.train(training)
     return means(sums, task)
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def set_rates(optimizer, lr, momentum=None):
@@ -598,9 +703,12 @@ def fit(state, run, stop=()):
     monitor, higher = config["monitor"], higher_is_better(config["monitor"])
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
 
-    def monitored(tie=0.0):  # NaN in an epoch that had none of its puzzles
-        loss, sign = f"{monitor.split('_')[0]}_loss", -tie if higher else tie
-        return [row.get(monitor, math.nan) + (sign * row[loss] if tie else 0.0) for row in state.history]
+    loss = f"{monitor.split('_')[0]}_loss"
+    scored = lambda: [row for row in state.history if loss in row]  # the epochs that ended in a validation
+
+    def monitored(tie=0.0):  # NaN where none of its puzzles was there
+        sign = -tie if higher else tie
+        return [row.get(monitor, math.nan) + (sign * row[loss] if tie else 0.0) for row in scored()]
 
     def save():
         try:
@@ -620,7 +728,8 @@ def fit(state, run, stop=()):
         order = run.order(epoch)
         start = state.epoch_step * config["accumulation_steps"]
         if state.sums is None:
-            state.sums = torch.zeros(2, 1 + len(task.metrics), dtype=sum_dtype(run.device), device=run.device)
+            state.sums = no_sums(task, run.device)
+        usual = 0.0  # seconds of a step, smoothed
         began, shown_at = time.perf_counter() - state.seconds, 0.0
         bar = tqdm(
             desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=min(count, start * config["batch_size"]),
@@ -631,12 +740,15 @@ def fit(state, run, stop=()):
         with contextlib.closing(bar):
             for window in windows(run.fetch_train(order, start), config["accumulation_steps"]):
                 set_rates(state.optimizer, *run.schedule(state.step, cuts))
-                torch.manual_seed(data.mix(config["seed"], state.step, 0))  # dropout = f(seed, step, rank)
+                step_began, micro_batch = time.perf_counter(), state.micro_batch
                 sums, norm, good = train_step(
-                    state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"]
+                    state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"],
+                    seed=data.mix(config["seed"], state.step, 0),  # dropout = f(seed, step, rank)
                 )
+                if state.micro_batch != micro_batch:
+                    log(f"step {state.step}: out of memory, so done again; from here on {state.micro_batch} at once")
                 if good:
-                    state.sums += sums
+                    state.sums = state.sums.plus(sums)
                 elif state.bad_in_a_row >= MAX_BAD_STEPS:
                     raise FloatingPointError(
                         f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not finite; the last good "
@@ -645,6 +757,10 @@ def fit(state, run, stop=()):
                 state.epoch_step += 1
                 bar.update(sum(len(index) for *_, index in window))
                 now = time.perf_counter()
+                usual, slow = slow_step(usual, now - step_began)
+                if slow and run.device.type != "cpu":
+                    log(f"warning: step {state.step} took {now - step_began:.1f} s, others {usual:.2f} s: memory may "
+                        "have spilled into the system's; give --memory_gb or a smaller --batch_size")  # fmt: skip
                 if now - shown_at > bar.mininterval:  # reading the sums waits for the device
                     shown_at = now
                     bad = {"bad_steps": state.bad_steps} if state.bad_steps else {}
@@ -662,17 +778,18 @@ def fit(state, run, stop=()):
         seconds = time.perf_counter() - began
         state.epoch, state.epoch_step, state.sums, state.seconds = epoch + 1, 0, None, 0.0
         row = {"epoch": epoch + 1, "step": state.step, **{f"train_{k}": v for k, v in train.items()}}
+        whole = validates(state.epoch, config["epochs"], config["val_every"])
+        order = run.val_order if whole else run.val_sample
         for name, weights in (("val", None), ("ema", state.ema)):
-            if run.fetch_val and (name == "val" or weights is not None):
-                batches = run.fetch_val(torch.arange(len(run.val)))
-                found = evaluate(state.model, batches, task, run.prepare, run.dtype, weights)
-                row.update({f"{name}_{k}": v for k, v in found.items()})
+            if run.fetch_val and len(order) and (name == "val" or weights is not None):
+                found = evaluate(state.model, run.fetch_val(order), task, run.prepare, run.dtype, weights)
+                row.update({f"{name if whole else name + '_sample'}_{k}": v for k, v in found.items()})
         rate = state.optimizer.param_groups[0]["lr"]  # of the last step
         row.update(lr=rate, seconds=seconds, samples_per_second=count / seconds, bad_steps=state.bad_steps)
         state.history.append(row)
         # a NaN is never a gain: comparisons with it are False; of equal epochs the one with the lower loss is best
-        since = epochs_since_best(monitored(tie=1e-9), higher)
-        if since == len(state.history):
+        since = epochs_since_best(monitored(tie=1e-9), higher) if loss in row else -1
+        if since == len(monitored()):
             raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a lower --lr")
         patience_gone = config["early_stopping"] and config["early_stopping"] <= epochs_since_best(
             monitored(), higher, config["min_delta"]
@@ -696,23 +813,36 @@ def fit(state, run, stop=()):
             log(f"stopped after epoch {state.epoch}; go on with: python train.py --resume {folder.name}")
             return 128 + stop[0]
 
-    best = state.history[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
+    best = scored()[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
     value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
     log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
     log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
     return 0
 
 
+def validates(epoch, epochs, every):
+    """Whether epoch 1 … `epochs` ends in a validation; adaptive: each up to 10, every second up to 30, then third."""
+    every = (1 if epoch <= 10 else 2 if epoch <= 30 else 3) if every == "adaptive" else every
+    return epoch == epochs or epoch % every == 0
+
+
+def slow_step(usual, seconds):
+    """(smoothed seconds of a step, whether this one took over a second and ten times as long); it then stays out."""
+    slow = bool(usual) and seconds > max(1.0, 10 * usual)
+    return (usual if slow else 0.9 * usual + 0.1 * seconds if usual else seconds), slow
+
+
 def epoch_line(row, task, epochs, new_best):
     """The log's line of one epoch, in ASCII."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for split in ("train", "val", "ema"):
+    for split in ("train", "val", "ema", "val_sample", "ema_sample"):
         numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
+        numbers = {name: value for name, value in numbers.items() if not name.startswith("sample_")}
         if numbers:
-            whole = split == ("ema" if "ema_loss" in row else "val")  # levels are in metrics.csv, but for the monitor
+            whole = split.startswith("ema" if "ema_loss" in row else "val")  # levels stand in metrics.csv alone
             shown = {k: v for k, v in numbers.items() if (k in task.shown and whole) or k in ("loss", task.monitor)}
             shown |= {k: v for k, v in numbers.items() if k.startswith(f"{task.monitor}_") and whole}
-            parts.append(f"{split} {metrics_line(shown, task)}")
+            parts.append(f"{split.replace('_', ' ')} {metrics_line(shown, task)}")
     parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {task.unit}/s", f"lr {row['lr']:.2e}"]
     parts += [f"{row['bad_steps']} bad steps"] * bool(row["bad_steps"]) + ["new best"] * new_best
     return " | ".join(parts)
@@ -762,10 +892,8 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
     optimizer, scaler, EMA and random numbers as they were. Returns (rates, smoothed losses,
     {"steepest", "valley", "minimum/10": rate}); ValueError where fewer than ten rates were finite.
     """
-    saved = copy.deepcopy(state.to_checkpoint())
-    rng = torch.get_rng_state(), (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     rates, losses, average = [], [], 0.0
-    try:
+    with preserved(state):
         state.model.train()
         for _ in range(steps + MAX_BAD_STEPS):
             if len(rates) == steps:
@@ -773,7 +901,7 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
             rate = min_lr * (max_lr / min_lr) ** (len(rates) / (steps - 1))
             set_rates(state.optimizer, rate)
             sums, _, good = step(state, next_window())
-            loss = (sums[0, 0] / sums[1, 0]).item()
+            loss = (sums.loss / sums.items).item()
             if not good and math.isfinite(loss) and state.scaler.is_enabled():
                 continue  # an fp16 overflow, which halves the scale: the same rate again
             average = smoothing * average + (1 - smoothing) * loss
@@ -782,14 +910,24 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
                 break
             rates.append(rate)
             losses.append(smoothed)
+    if len(rates) < 10:
+        raise ValueError(f"--find_lr: the loss diverged after {len(rates)} rates from {min_lr:g}; check data and model")
+    return rates, losses, suggest_lr(rates, losses)
+
+
+@contextlib.contextmanager
+def preserved(state):
+    """Model, optimizer, scaler, EMA, counters and random numbers leave the block as they entered it."""
+    saved = copy.deepcopy(state.to_checkpoint())
+    rng = torch.get_rng_state(), (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    try:
+        yield
     finally:
+        undo(state, [])
         state.load(saved)
         torch.set_rng_state(rng[0])
         if rng[1]:
             torch.cuda.set_rng_state_all(rng[1])
-    if len(rates) < 10:
-        raise ValueError(f"--find_lr: the loss diverged after {len(rates)} rates from {min_lr:g}; check data and model")
-    return rates, losses, suggest_lr(rates, losses)
 
 
 def suggest_lr(rates, losses):
@@ -849,18 +987,18 @@ class Family:
     arguments: Callable  # (config, source) -> the model's arguments
     task: Callable  # (config) -> Task
     prepare: Callable  # (meta, memory_format) -> function of a batch -> the model's input
+    views: Callable  # an input -> (view, weight) pairs, for --tta
     augment: Callable  # (config, meta, memory_format) -> function of (batch, index, epoch) -> the model's input
     order: Callable  # (config, split) -> function of the epoch -> the order of its samples
     flags: tuple  # those that only this kind of data knows
     to_score: Callable  # (config, given flags) -> (Data, the name of the split that --evaluate scores, or None)
     optimizer: str
-    prefers_bf16: Callable  # (model's name) -> whether an AMX CPU trains it faster so
 
 
 def image_task(config):
     return Task(
         loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"]),
-        measure=lambda logits, labels: {"accuracy": ((logits.argmax(1) == labels).sum(), len(labels))},
+        measure=lambda logits, labels: ((logits.argmax(1) == labels).sum()[None], len(labels)),
         metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "{:.2%}"}, unit="images",
     )  # fmt: skip
 
@@ -883,6 +1021,9 @@ def check_images(config, source):
         raise ValueError(f"--image_size {size}: {config['model']} needs {least} px; give --image_size {least} or more")
     if config["batch_size"] == 1 and size <= 32 and config["model"] == "efficientnet_b0":
         raise ValueError("--batch_size 1: BatchNorm needs two values a channel at 32 px; give --batch_size 2 or more")
+    for flag in ("widths", "whiten"):
+        if config[flag] and config["model"] != "custom":
+            raise ValueError(f"--{flag}: is for custom, the model is {config['model']}; leave it out")
     for flag in ("crop_padding", "cutout"):
         if config[flag] >= size:
             raise ValueError(f"--{flag} {config[flag]}: must be below the image size, {size}")
@@ -911,13 +1052,19 @@ def shuffled(config, split):
     return lambda epoch: data.epoch_order(len(split), config["seed"], epoch)
 
 
+def image_arguments(config, source):
+    if config["model"] != "custom":
+        return {}
+    widths = {"widths": [int(width) for width in config["widths"].split(",")]} if config["widths"] else {}
+    return {"stem_stride": models.stem_stride_for(source.image_size), **widths, "whiten": config["whiten"]}
+
+
 IMAGES = Family(
     load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
-    augment=image_augment, order=shuffled,
-    flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained"),
-    arguments=lambda config, source: (
-        {"stem_stride": models.stem_stride_for(source.image_size)} if config["model"] == "custom" else {}),
-    optimizer="adamw", prefers_bf16=lambda model: model == "custom",
+    augment=image_augment, order=shuffled, views=data.image_views, arguments=image_arguments,
+    flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained", "widths",
+           "whiten", "tta"),
+    optimizer="adamw",
 )  # fmt: skip
 
 
@@ -960,7 +1107,7 @@ PUZZLES = Family(
         "message_steps": config["message_steps"] or 64},
     flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
            "curriculum"),
-    optimizer="muon", prefers_bf16=lambda model: True,
+    optimizer="muon", views=lambda puzzles: [(puzzles, 1.0)],
 )  # fmt: skip
 
 FAMILIES = {"custom": IMAGES, "efficientnet_b0": IMAGES, "sudoku_gnn": PUZZLES}
@@ -981,6 +1128,8 @@ class Run:
     val: data.Split | None
     fetch_train: Callable
     fetch_val: Callable | None
+    val_order: torch.Tensor  # all of the validation split
+    val_sample: torch.Tensor  # those scored after epochs in between
     order: Callable  # epoch -> order
     augment: Callable  # (batch, index, epoch) -> inputs
     prepare: Callable  # batch -> inputs, for evaluation
@@ -998,9 +1147,9 @@ def prepare_run(config, fresh=True):
     config = dict(config)
     device = utils.pick_device(config["device"])
     memory_format = pick_memory_format(config["channels_last"], device)
-    torch.backends.cudnn.deterministic = True  # a resumed run is bitwise the one that was not stopped
+    settings = utils.tune(device, config["deterministic"], config["memory_gb"])
     family = FAMILIES[config["model"]]
-    dtype, reason = utils.pick_precision(config["amp"], device, family.prefers_bf16(config["model"]))
+    dtype, reason = utils.pick_precision(config["amp"], device)
     source = family.load(config)
     family.check(config, source)
     config["image_size"] = source.image_size
@@ -1008,7 +1157,10 @@ def prepare_run(config, fresh=True):
     channels = (*train.images.shape[3:], 1)[0]  # of images [N, H, W, C]; puzzles are [N, 81]
     task = family.task(config)
     check_monitor(config, task, val is not None)
-    if config["batch_size"] > len(train):
+    auto = config["batch_size"] == "auto"
+    if auto:
+        config["effective_batch"] = min(config["effective_batch"] or 128, len(train))
+    elif config["batch_size"] > len(train):
         raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
     rgb_statistics = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else None
     mean, std = rgb_statistics or (source.mean, source.std)
@@ -1025,6 +1177,11 @@ def prepare_run(config, fresh=True):
 
     torch.manual_seed(config["seed"])
     model = models.build_model(config["model"], len(source.classes), channels, **meta["arguments"])
+    if config["checkpoint_activations"]:
+        model.run_stage = models.recomputed
+    if config["whiten"] and fresh:
+        part = torch.from_numpy(np.array(train.images[data.stratified(train.labels, 5000, config["seed"])]))
+        models.whiten_stem(model, family.prepare(meta, torch.contiguous_format)(part))
     if config["pretrained"] and fresh:
         try:
             models.load_backbone(model, pretrained_weights(config))
@@ -1042,6 +1199,18 @@ def prepare_run(config, fresh=True):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = TrainState(model, optimizer, scaler, start_ema(model) if config["ema_decay"] else None)
 
+    augment = family.augment(config, meta, memory_format)
+    few = torch.arange(4) % len(train)
+    example = augment(torch.from_numpy(np.array(train.images[few.numpy()])).to(device), few, 0)
+    moments = {"adamw": 2, "sgd": 1, "muon": 1}[config["optimizer"]]
+    with autocast(device, dtype):
+        memory = models.estimate_memory(model, example, moments, state.ema is not None)
+    if auto:
+        step = partial(train_step, state, task=task, augment=lambda x, i: augment(x, i, 0), dtype=dtype)
+        fits = lambda size: trial(state, step, train, size, device, memory, config["memory_gb"])
+        config["batch_size"] = choose_batch(config["effective_batch"], fits)
+    if config["effective_batch"]:
+        config["accumulation_steps"] = -(-config["effective_batch"] // config["batch_size"])
     batches_an_epoch = len(data.chunks(torch.arange(len(train)), config["batch_size"]))
     steps_an_epoch = -(-batches_an_epoch // config["accumulation_steps"])
     total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
@@ -1052,11 +1221,14 @@ def prepare_run(config, fresh=True):
     run = Run(
         config=config, task=task, device=device, dtype=dtype, train=train, val=val, fetch_train=fetch_train,
         fetch_val=data.batches(val, 2 * config["batch_size"], device, budget, config["workers"]) if val else None,
-        order=family.order(config, train), augment=family.augment(config, meta, memory_format),
+        val_order=torch.arange(len(val or ())),
+        val_sample=torch.from_numpy(data.stratified(val.labels, config["val_samples"], config["seed"]))
+        if val and config["val_samples"] else torch.arange(0),
+        order=family.order(config, train), augment=augment,
         prepare=family.prepare(meta, memory_format), meta=meta,
         schedule=lambda step, cuts: SCHEDULES[config["scheduler"]](config, step, total_steps, warmup_steps, cuts),
     )  # fmt: skip
-    note = compile_forward(state, run) if config["compile"] else ""
+    note = compile_forward(state, run, config["compile"]) if config["compile"] != "off" else ""
 
     def counted(name):
         return f"{name} {len(source.splits[name]):,}" if name in source.splits else f"no {name}"
@@ -1064,16 +1236,57 @@ def prepare_run(config, fresh=True):
     precision = str(dtype).removeprefix("torch.")
     parameters = sum(p.numel() for p in model.parameters())
     effective = config["batch_size"] * config["accumulation_steps"]
+    settings += ["channels_last"] * (memory_format is torch.channels_last and channels > 1)
+    settings += [f"fused {config['optimizer']}"] * (config["optimizer"] != "muon")
+    held = sum(memory.values()) + memory["sample"] * (config["batch_size"] - 1)
+    cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
     lines = [
         f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
         f"{torch.get_num_threads()} threads | precision {precision} ({reason})",
         f"model      {config['model']}, {parameters:,} parameters{note}",
+        f"speed      {', '.join(settings)}",
+        f"memory     about {held / 2**20:,.0f} MiB for training, {memory['sample'] / 2**20:.2f} of it a sample | "
+        f"largest batch for 4, 6, 8 GB: {cards}",
         f"data       {source.description} | "
         + ", ".join(counted(name) for name in ("train", "val", "test")),
         f"batch      {config['batch_size']} x {config['accumulation_steps']} accumulation x 1 process = {effective} | "
         f"{steps_an_epoch:,} steps an epoch, {config['epochs']} epochs, {total_steps:,} steps",
     ]
     return state, run, lines
+
+
+def choose_batch(effective, fits):
+    """The largest micro-batch that divides `effective` and for which fits(size) holds; ValueError where none does."""
+    for size in range(effective, 0, -1):
+        if effective % size == 0 and fits(size):
+            return size
+    raise ValueError("--batch_size auto: not one sample fits; give a smaller --image_size or --checkpoint_activations")
+
+
+def trial(state, step, split, size, device, memory, memory_gb):
+    """Whether two real steps on `size` samples fit: on CUDA within 0.92 of the cap, on a CPU 0.8 of free memory.
+
+    Leaves `state` as it was. A CPU's memory has no end that can be run into, so there the estimate decides.
+    """
+    free = utils.free_bytes(device)
+    limit = min(free, memory_gb * 2**30) if memory_gb else free
+    held = sum(memory.values()) + 1.1 * memory["sample"] * (size - 1)
+    if device.type != "cuda" and held > 0.8 * limit:
+        return False
+    index = torch.arange(size)
+    window = [(*(torch.from_numpy(np.array(a[index.numpy()])).to(device) for a in (split.images, split.labels)), index)]
+    with preserved(state):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            for _ in range(2):
+                step(window)
+        except RuntimeError as error:
+            if not utils.out_of_memory(error):
+                raise
+            return False
+        used = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        return state.micro_batch is None and used <= 0.92 * utils.memory_cap(device, memory_gb)
 
 
 def pick_memory_format(channels_last, device):
@@ -1112,22 +1325,25 @@ def check_monitor(config, task, has_val):
         raise ValueError(f"--monitor {shown(config['monitor'])} is not measured; there are {briefly}")
 
 
-def compile_forward(state, run):
-    """Mutates `state.forward`: the compiled model if one pass through it works; a note for the log."""
-    images, _, index = next(iter(run.fetch_train(torch.arange(run.config["batch_size"]))))
+def compile_forward(state, run, mode):
+    """Mutates `state.forward`: the compiled model if one pass through it works; a note for the log.
+
+    A batch of another size, the ragged last one, goes through the model as it is: compiling anew takes a minute.
+    """
+    size = run.config["batch_size"]
+    images, _, index = next(iter(run.fetch_train(torch.arange(size))))
     inputs = run.augment(images, index, 0)
-    held = [buffer.clone() for buffer in state.model.buffers()]
-    forward = torch.compile(state.model)
+    held = [buffer.clone() for buffer in state.buffers]
+    compiled = torch.compile(state.model, mode=mode)
     try:
         with autocast(run.device, run.dtype):
-            forward(inputs).float().sum().backward()
+            compiled(inputs).float().sum().backward()
     except (RuntimeError, ImportError, OSError) as error:  # no compiler, no Triton, an operator it lacks
         return f", not compiled ({utils.one_line(error)})"
     finally:
-        state.optimizer.zero_grad()
-        torch._foreach_copy_(list(state.model.buffers()), held)
-    state.forward = forward
-    return ", compiled"
+        undo(state, held)
+    state.forward = lambda inputs: compiled(inputs) if len(inputs) == size else state.model(inputs)
+    return f", compiled ({mode})"
 
 
 def find_run(name):
@@ -1181,9 +1397,11 @@ def main(argv=None):
             if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
                 why = "does not go with --" + mode if other[0] in MODES else f"--{mode} takes it from the checkpoint"
                 raise ValueError(f"--{other[0]}: {why}; leave it out")
-        for key in ("input", "search"):
-            if config[key] and not config["predict"]:
-                raise ValueError(f"--{key}: needs --predict")
+        for key, mode in (("input", "predict"), ("search", "predict"), ("tta", "evaluate")):
+            if config[key] and not config[mode]:
+                raise ValueError(f"--{key}: needs --{mode}")
+        if config["effective_batch"] and "accumulation_steps" in given:
+            raise ValueError("--accumulation_steps: follows from --effective_batch; leave one out")
         if config["predict"]:
             return run_predict(config["predict"], config)
         if config["evaluate"]:
@@ -1236,12 +1454,15 @@ def main(argv=None):
     try:
         with catch_signals() as stop:
             return fit(state, run, stop)
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, OSError) as error:
         run.log(f"error: {utils.one_line(error)}")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if utils.out_of_memory(error):
+            run.log(f"error: {utils.one_line(error)}; not one sample fits; try --checkpoint_activations")
+        elif "DataLoader worker" in str(error):
+            run.log(f"error: {utils.one_line(error)}; go on with: python train.py --resume {folder.name} --workers 0")
+        else:
             raise
-        run.log(f"error: {utils.one_line(error)}; go on with: python train.py --resume {folder.name} --workers 0")
     return 1
 
 
@@ -1291,7 +1512,8 @@ def load_model(path, config):
         if "message_steps" not in meta["arguments"]:
             raise ValueError(f"--message_steps: {path} is a {meta['model']}, which has none; leave it out")
         meta["arguments"]["message_steps"] = config["message_steps"]
-    dtype, _ = utils.pick_precision(config["amp"], device, FAMILIES[meta["model"]].prefers_bf16(meta["model"]))
+    utils.tune(device)
+    dtype, _ = utils.pick_precision(config["amp"], device)
     model = models.build_model(meta["model"], meta["num_classes"], meta["in_channels"], **meta["arguments"])
     models.check_state_dict(model.state_dict(), found["model"])
     model.load_state_dict(found["model"])
@@ -1313,17 +1535,21 @@ def run_evaluate(path, config, given):
     split = source.splits[name]
     if len(split.images.shape) == 4 and split.images.shape[-1] != meta["in_channels"]:
         raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
-    batches = data.batches(split, 2 * config["batch_size"], device, utils.free_bytes(device) // 4, config["workers"])
+    batch_size = 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
+    batches = data.batches(split, batch_size, device, utils.free_bytes(device) // 4, config["workers"])
     prepare = family.prepare(meta, pick_memory_format(config["channels_last"], device))
-    task = family.task(config)
+    task, views = family.task(config), family.views if config["tta"] else FAMILIES["sudoku_gnn"].views
+    if config["tta"] and family is not IMAGES:
+        raise ValueError(f"--tta: is for images, {path} is a {meta['model']}; leave it out")
     one = next(iter(batches(torch.arange(1))))
-    latency = statistics.median(timed(lambda: evaluate(model, [one], task, prepare, dtype)) for _ in range(7))
+    score = lambda batches: evaluate(model, batches, task, prepare, dtype, views=views)
+    latency = statistics.median(timed(lambda: score([one])) for _ in range(7))
     began = time.perf_counter()
-    result = evaluate(model, batches(torch.arange(len(split))), task, prepare, dtype)
+    result = score(batches(torch.arange(len(split))))
     speed = len(split) / (time.perf_counter() - began)
     name = "all" if name == "train" else name  # a puzzle file is scored whole
     print(f"{path} on {len(split):,} {name} {task.unit}: {metrics_line(result, task)}")
-    print(f"  {latency * 1e3:.1f} ms for one, {speed:,.0f} {task.unit}/s in batches of {2 * config['batch_size']}")
+    print(f"  {latency * 1e3:.1f} ms for one, {speed:,.0f} {task.unit}/s in batches of {batch_size}")
     speeds = {"latency_ms": latency * 1e3, "samples_per_second": speed}
     return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speeds}
 

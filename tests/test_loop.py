@@ -27,7 +27,7 @@ def make_window(sizes, dtype=torch.float64, seed=1):
 
 TASK = train.Task(
     loss=lambda y, t: nn.functional.cross_entropy(y, t, reduction="sum"),
-    measure=lambda y, t: {"accuracy": ((y.argmax(1) == t).sum(), len(t))},
+    measure=lambda y, t: ((y.argmax(1) == t).sum()[None], len(t)),
     metrics=("accuracy",),
 )
 step = partial(train.train_step, task=TASK, augment=lambda images, index: images)
@@ -41,7 +41,8 @@ def test_accumulation_gives_the_gradient_of_the_one_big_batch(sizes):
     found_whole, found_parts = step(whole, big), step(parts, window)
     for a, b in zip(whole.model.parameters(), parts.model.parameters()):
         assert (a - b).abs().max() < 1e-12
-    assert torch.allclose(found_whole[0], found_parts[0], atol=1e-10)
+    for a, b in zip(found_whole[0], found_parts[0]):
+        assert torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=1e-10)
 
 
 def test_masked_items_weigh_alike_across_a_ragged_window():
@@ -98,7 +99,7 @@ def test_one_batch_overfits_and_noise_without_inputs_does_not():
     for _ in range(150):
         sums = step(state, window)[0]
         blind_sums = step(blind, [(torch.zeros_like(x), t, i) for x, t, i in window])[0]
-    assert sums[0, 0] / sums[1, 0] < 0.01 < 0.5 < blind_sums[0, 0] / blind_sums[1, 0]
+    assert sums.loss / sums.items < 0.01 < 0.5 < blind_sums.loss / blind_sums.items
 
 
 def test_ema_has_its_closed_form():
@@ -294,3 +295,34 @@ def test_evaluation_with_ema_weights_leaves_the_model_alone():
     assert all(torch.equal(before[k], v) for k, v in state.model.state_dict().items()) and state.model.training
     state.model.load_state_dict(other)
     assert train.evaluate(state.model, make_window([9]), TASK, lambda x: x) == found
+
+
+# ------------------------------------------------------------------------------------------------ Muon
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_filters_as_torchs_moves_their_matrices(memory_format):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 2))
+    net.to(memory_format=memory_format)
+    muon, adamw = train.build_optimizer(net, "muon", 0.1, 0.01, 0.9, torch.device("cpu")).parts
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(8, 3, 3, 3)]  # no depthwise filter, no head
+    order = (0, 2, 3, 1) if memory_format is torch.channels_last else (0, 1, 2, 3)
+    matrix = nn.Parameter(net[0].weight.detach().permute(order).flatten(1).clone())
+    reference = torch.optim.Muon([matrix], 0.05, 0.01, 0.8, adjust_lr_fn="match_rms_adamw")
+    train.set_rates(train.Together(muon, adamw), 0.05, 0.8)
+    for _ in range(3):
+        net(torch.randn(4, 3, 5, 5)).square().sum().backward()
+        matrix.grad = net[0].weight.grad.permute(order).flatten(1).clone()
+        muon.step()
+        reference.step()
+        net.zero_grad()
+        assert torch.equal(net[0].weight.permute(order).flatten(1), matrix)
+
+
+def test_split_keeps_every_sample_in_order_and_none_alone():
+    window = make_window([9, 4, 1])
+    parts = train.split(window, 4)
+    assert [len(images) for images, *_ in parts] == [4, 5, 4, 1]
+    assert all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*parts), zip(*window)))
+    assert train.split(window, None) is window

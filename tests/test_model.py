@@ -157,3 +157,48 @@ def test_wrong_weights_name_the_tensor():
     weights = b0.state_dict() | {"features.8.0.weight": torch.zeros(4, 4)}
     with pytest.raises(ValueError, match="features.8.0.weight is 4x4, the model needs 1280x320x1x1"):
         model.load_backbone(b0, weights)
+
+
+@pytest.mark.parametrize("name", list(model.MODELS))
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_of_memory_is_within_15_percent_of_what_autograd_keeps(name, recompute):
+    net = model.build_model(name, 9 if name == "sudoku_gnn" else 10)
+    net.run_stage = model.recomputed if recompute else model.direct
+    example = torch.zeros(24, 81, dtype=torch.uint8) if name == "sudoku_gnn" else torch.randn(24, 3, 32, 32)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    estimate = model.estimate_memory(net, example[:4], moments=2, ema=True)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    measured = model.activation_bytes(net, example)
+    assert estimate["once"] + 24 * estimate["sample"] == pytest.approx(measured, rel=0.15)
+    weights = sum(t.numel() * t.element_size() for t in before.values())
+    trained = sum(4 * p.numel() for p in net.parameters())
+    fixed = [estimate[part] for part in ("weights", "gradients", "optimizer", "ema")]
+    assert fixed == [weights, trained, 2 * trained, weights]
+
+
+def test_activation_bytes_counts_each_kept_tensor_once():
+    class Net(torch.nn.Module):
+        run_stage = staticmethod(model.direct)
+
+        def forward(self, x):
+            y = self.run_stage(torch.exp, x)  # keeps y
+            return y * y  # keeps y, twice
+
+    net = Net()
+    net.scale = torch.nn.Parameter(torch.ones(5))
+    x = torch.ones(7, 5, requires_grad=True)
+    assert model.activation_bytes(net, x) == 7 * 5 * 4
+
+
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu_alone():
+    conv = model.Conv2d(8, 8, 3, groups=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(torch.randn(2, 8, 5, 5)).dtype == torch.float32
+        assert model.Conv2d(8, 8, 3)(torch.randn(2, 8, 5, 5)).dtype == torch.bfloat16
+        assert conv(torch.randn(2, 8, 5, 5).bfloat16()).dtype == torch.float32
+
+
+def test_largest_batch_leaves_its_margin():
+    memory = {"weights": 2**20, "gradients": 0, "optimizer": 0, "ema": 0, "once": 0, "sample": 2**20}
+    assert model.largest_batch(memory, 4) == int((0.9 * 4 - 0.5) * 1024 / 1.1 - 1 / 1.1)
+    assert model.largest_batch(memory, 0.5) == 0

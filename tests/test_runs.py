@@ -99,6 +99,7 @@ def run_stopped(monkeypatch, steps, flags, name):
         "--ema_decay 0.9 --clip_grad_norm 1.0 --cutout 6",
         "--optimizer sgd --scheduler plateau --scheduler_patience 0 --amp bf16",
         "--amp fp16 --scheduler cosine --warmup_epochs 0.5",
+        "--optimizer muon --whiten --widths 24,16,32,48 --checkpoint_activations --val_every 2 --val_samples 20",
         "--model efficientnet_b0 --image_size 32 --scheduler constant",  # dropout and stochastic depth
     ],
 )
@@ -334,10 +335,9 @@ def test_amp_true_on_a_plain_cpu_trains_in_fp32_and_says_so(monkeypatch):
     monkeypatch.setattr(utils, "cpu_has_amx", lambda: False)
     assert "precision float32 (mixed precision gains nothing on this cpu)" in run("--amp True")[2]
     cpu = torch.device("cpu")
-    assert utils.pick_precision("auto", cpu, True)[0] == torch.float32
+    assert utils.pick_precision("auto", cpu)[0] == torch.float32
     monkeypatch.setattr(utils, "cpu_has_amx", lambda: True)
-    assert utils.pick_precision("auto", cpu, True)[0] == torch.bfloat16
-    assert utils.pick_precision("auto", cpu, False)[0] == torch.float32
+    assert utils.pick_precision("auto", cpu)[0] == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -346,11 +346,11 @@ def test_amp_true_on_a_plain_cpu_trains_in_fp32_and_says_so(monkeypatch):
 def test_amp_auto_on_cuda(monkeypatch, bf16, name, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(bf16))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {name}")
-    assert utils.pick_precision("auto", torch.device("cuda"), True)[0] == getattr(torch, expected)
+    assert utils.pick_precision("auto", torch.device("cuda"))[0] == getattr(torch, expected)
 
 
 def test_compile_falls_back_to_eager_in_one_line(monkeypatch):
-    def no_compiler(net):
+    def no_compiler(net, mode):
         return lambda x: (_ for _ in ()).throw(RuntimeError("TritonMissing: no\nTriton"))
 
     monkeypatch.setattr(torch, "compile", no_compiler)
@@ -361,7 +361,7 @@ def test_compile_falls_back_to_eager_in_one_line(monkeypatch):
 
 def test_a_model_wrapped_by_torch_compile_trains_as_the_bare_one(monkeypatch):
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: compile_(net, backend="eager"))  # traced, no C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda net, mode: compile_(net, backend="eager"))  # traced, no C++ compiler
     plain, wrapped = run("", "plain"), run("--compile", "wrapped")
     assert ", compiled" in wrapped[2]
     assert float(wrapped[1][0]["train_loss"]) == pytest.approx(float(plain[1][0]["train_loss"]), rel=1e-5)
@@ -478,7 +478,17 @@ BAD_FLAGS = {
     "--device tpu": "--device tpu",
     "--amp maybe": "--amp: invalid choice",
     "--model resnet": "--model: invalid choice",
-    "--compile perhaps": "--compile: must be True or False",
+    "--widths 64,128": "must be four integers",
+    "--widths 24,64,256,256": "--widths: is for custom",
+    "--whiten": "--whiten: is for custom",
+    "--model sudoku_gnn --whiten": "--whiten: is for custom",
+    "--tta": "--tta: needs --evaluate",
+    "--effective_batch 8 --accumulation_steps 2": "--accumulation_steps: follows from --effective_batch",
+    "--batch_size few": "must be an integer at least 1 or auto",
+    "--batch_size auto --memory_gb 0.001 --max_samples 60": "--batch_size auto: not one sample fits",
+    "--val_every 0": "must be an integer at least 1 or adaptive",
+    "--memory_gb 0": "must be a number above 0",
+    "--compile perhaps": "--compile: invalid choice",
     "--resume nothing": "no such run",
     "--resume": "no unfinished run with a checkpoint",
     "--cutout 64": "--cutout 64: must be below the image size, 64",
@@ -667,3 +677,134 @@ def test_a_missing_tracker_names_its_package(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             train.main([f"--{package}"])
         assert f"pip install {package}" in capsys.readouterr().err and not Path("runs").exists()
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def out_of_memory_at(monkeypatch, samples, calls=None):
+    """Models raise as CUDA does where they are trained on more than `samples` at once, in calls of that number."""
+    seen, forward = [], model.CustomCNN.forward
+
+    def limited(self, x):
+        seen.append(len(x))
+        if self.training and len(x) > samples and (calls is None or len(seen) in calls):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(self, x)
+
+    monkeypatch.setattr(model.CustomCNN, "forward", limited)
+    return seen
+
+
+@pytest.mark.parametrize("flags", ["", "--ema_decay 0.9 --optimizer sgd --clip_grad_norm 1"])
+def test_a_run_that_is_out_of_memory_goes_on_as_the_small_batch_run(monkeypatch, flags):
+    small = run(f"{flags} --batch_size 4 --accumulation_steps 8", "small")
+    out_of_memory_at(monkeypatch, 4)
+    large = run(f"{flags} --batch_size 16", "large")
+    assert "step 1: out of memory, so done again; from here on 4 at once" in large[2]
+    assert large[2].count("out of memory") == 1 and large[0]["micro_batch"] == 4  # 16, 8, then 4
+    assert same(small[0]["model"], large[0]["model"]) and same(small[0]["ema"], large[0]["ema"])
+    assert same(small[0]["optimizer"], large[0]["optimizer"])
+    assert small[1][0]["train_loss"] == large[1][0]["train_loss"]
+
+
+def test_a_micro_batch_is_remembered_on_resume(monkeypatch):
+    seen = out_of_memory_at(monkeypatch, 8)
+    whole = run("", "whole")
+    run_stopped(monkeypatch, 3, "", "cut")
+    assert utils.load_checkpoint("runs/cut/last.pt")["micro_batch"] == 8
+    seen.clear()
+    assert train.main(["--resume", "cut"]) == 0
+    assert max(seen[:6]) <= 8 and same(whole[0]["model"], outcome("cut")[0]["model"])
+
+
+def test_not_even_one_sample_fits(monkeypatch, capsys):
+    out_of_memory_at(monkeypatch, 0, calls=range(20, 10**6))
+    assert train.main(f"{TINY} --run_name none --epochs 20".split()) == 1
+    assert "not one sample fits" in capsys.readouterr().out
+
+
+def test_memory_runs_out_midway_and_the_step_changes_nothing_twice(monkeypatch):
+    """The second of two batches fails: gradients and statistics of the first are not counted again."""
+    plain = run("--epochs 1 --batch_size 8 --accumulation_steps 4", "plain")
+    out_of_memory_at(monkeypatch, 8, calls=[4])  # 2 of the estimate, then the window's first, its second
+    found = run("--epochs 1 --batch_size 16 --accumulation_steps 2", "found")
+    assert "out of memory" in found[2] and same(plain[0]["model"], found[0]["model"])
+
+
+def test_batch_size_auto_takes_the_largest_divisor_that_fits(monkeypatch):
+    preset, forward = TINY.replace("--batch_size 16 --accumulation_steps 2", ""), model.CustomCNN.forward
+    free = run("--batch_size auto --effective_batch 24", "free", preset)
+    assert "batch      24 x 1 accumulation" in free[2]
+    out_of_memory_at(monkeypatch, 10)
+    monkeypatch.setattr(utils, "memory_cap", lambda device, memory_gb=None: 1)
+    bound = run("--batch_size auto --effective_batch 24", "bound", preset)
+    assert "batch      8 x 3 accumulation" in bound[2] and "out of memory" not in bound[2]
+    monkeypatch.setattr(model.CustomCNN, "forward", forward)
+    fixed = run("--batch_size 8 --effective_batch 24", "fixed", preset)
+    assert same(fixed[0]["model"], bound[0]["model"])  # the trials left no trace
+
+
+@pytest.mark.parametrize("name", ["custom", "efficientnet_b0", "sudoku_gnn"])
+@pytest.mark.parametrize("amp", ["False", "bf16"])
+def test_checkpointed_activations_train_bitwise_alike_in_less_memory(name, amp):
+    preset = f"--model {name} --max_samples 24 --batch_size 8 --epochs 1 --amp {amp}"
+    preset += " --grad_steps 3 --free_steps 2" if name == "sudoku_gnn" else " --image_size 32"
+    kept, recomputed = run("", "kept", preset), run("--checkpoint_activations", "recomputed", preset)
+    assert same(kept[0]["model"], recomputed[0]["model"])
+    sample = [float(log.split("MiB for training, ")[1].split()[0]) for *_, log in (kept, recomputed)]
+    assert sample[1] < 0.75 * sample[0]
+
+
+# --------------------------------------------------------------------------------- validation's cadence
+
+
+def test_validation_every_n_epochs_and_a_sample_in_between():
+    checkpoint, rows, log = run("--epochs 5 --val_every 2 --val_samples 20 --ema_decay 0.9")
+    assert [bool(row["val_loss"]) for row in rows] == [False, True, False, True, True]  # the last always
+    assert [bool(row["val_sample_loss"]) for row in rows] == [True, False, True, False, False]
+    assert [bool(row["ema_sample_accuracy"]) for row in rows] == [True, False, True, False, False]
+    assert all(round(float(rows[i]["val_sample_accuracy"]) * 20, 6) % 1 == 0 for i in (0, 2))
+    best = utils.load_checkpoint("runs/run/best.pt")
+    assert best["epoch"] in (2, 4, 5) and "val sample loss" in log
+
+
+def test_adaptive_validation_and_patience_in_validations():
+    due = [epoch for epoch in range(1, 41) if train.validates(epoch, 40, "adaptive")]
+    assert due == [*range(1, 11), *range(12, 31, 2), 33, 36, 39, 40]
+    rows = run("--epochs 12 --val_every 3 --early_stopping 2 --lr 1e-30 --min_delta 1")[1]
+    assert len(rows) == 9  # of the validations after epochs 3, 6 and 9 the first is a gain
+
+
+def test_a_step_that_is_suddenly_slow_is_told():
+    usual = 0.0
+    for seconds in (3.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2):
+        usual, slow = train.slow_step(usual, seconds)
+        assert not slow
+    assert train.slow_step(usual, 60.0) == (usual, True)
+
+
+def test_whitening_makes_patches_white_and_the_stem_stays(monkeypatch):
+    checkpoint, _, _ = run("--whiten --widths 24,16,32,48")
+    begun = run("--whiten --widths 24,16,32,48 --lr 1e-30 --optimizer sgd", "begun")[0]
+    assert torch.equal(checkpoint["model"]["stem.0.weight"], begun["model"]["stem.0.weight"])
+    assert checkpoint["model"]["stage3.conv.weight"].shape == (48, 32, 3, 3)
+    config = train.parse_flags(TINY.split())[0]
+    source = train.load_images(config)
+    x = train.data.centre(torch.from_numpy(source.splits["train"].images), 24, source.mean, source.std)
+    y = torch.nn.functional.conv2d(x, checkpoint["model"]["stem.0.weight"])[:, :12].transpose(0, 1).flatten(1)
+    moments = y @ y.T / y.shape[1]
+    strong = moments.diagonal() > 0.9  # directions of next to no variance are left small
+    assert strong.sum() >= 3 and (moments - torch.diag(moments.diagonal())).abs().max() < 1e-2
+    assert torch.allclose(moments.diagonal()[strong], torch.ones(int(strong.sum())), atol=0.1)
+
+
+def test_tta_averages_six_views(capsys):
+    run("--epochs 1")
+    for flags in ([], ["--tta"]):
+        assert train.main(["--evaluate", "runs/run/best.pt", "--output", "r.json", *flags]) == 0
+    x = torch.randn(2, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+    views, weights = zip(*train.data.image_views(x))
+    assert len(views) == 6 and sum(weights) == 1 and torch.equal(views[0], x) and torch.equal(views[1], x.flip(3))
+    assert torch.equal(views[2][:, :, 1:, 1:], x[:, :, :-1, :-1])
+    assert torch.equal(views[4][:, :, :-1, :-1], x[:, :, 1:, 1:])
