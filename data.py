@@ -10,6 +10,7 @@ file imports torch, numpy, tqdm and the standard library only (image folders nee
         inputs = augment(images, index, seed=0, epoch=0, image_size=64, mean=data.mean, std=data.std)
 """
 
+import functools
 import gzip
 import hashlib
 import itertools
@@ -103,11 +104,15 @@ def built_in(image_size=64, sizes=(("train", 3000), ("val", 500), ("test", 500))
     """
     classes = ["bars", "crescent", "cross", "disk", "frame", "half_disk", "ring", "square", "star", "triangle"]
     total = sum(count for _, count in sizes)
-    rng = np.random.default_rng(seed)
     labels = np.arange(total) % len(classes)
     images = np.empty((total, image_size, image_size, 3), np.uint8)
-    for start in range(0, total, 250):  # bounds the working memory
-        images[start : start + 250] = draw_shapes(labels[start : start + 250], image_size, rng)
+
+    def draw(start):  # in parts, which bounds the working memory and lets two cores share it
+        part = slice(start, start + 250)
+        images[part] = draw_shapes(labels[part], image_size, np.random.default_rng((seed, start)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, range(0, total, 250)))
     splits, start = {}, 0
     for name, count in sizes:
         splits[name] = Split(images[start : start + count], labels[start : start + count])
@@ -1120,53 +1125,81 @@ def augment(images, index, seed, epoch, image_size, mean, std, crop_padding=4, f
     """Normalised float32 [B, C, image_size, image_size] from uint8 [B, H, W, C], each sample its own draw.
 
     Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
-    3/4 to 4/3; Szegedy et al. 2015); others are padded by reflection and cropped. Then a flip from
-    left to right and a square of `cutout` px set to the mean (DeVries & Taylor 2017; 0 is off).
+    3/4 to 4/3; Szegedy et al. 2015); others are padded by reflection and cropped. Half are mirrored,
+    the other half in the next epoch (Jordan 2024, arXiv:2404.00498), and a square of `cutout` px set to the mean (DeVries & Taylor 2017; 0 is off).
     """
-    u = uniform(index, seed, epoch, 8).to(images.device)
+    u = uniform(index, seed, epoch, 8)
+    turned = flip & ((uniform(index, seed, 0, 8)[:, 4] < 0.5) ^ bool(epoch % 2))
     if images.shape[1] > image_size:
-        x = resized_crop(images, u, image_size, min_crop_area)
+        x = resized_crop(images, u, turned, image_size, min_crop_area)
     else:
-        x = padded_crop(images, u, crop_padding)
-    if flip:
-        x = torch.where(u[:, 4, None, None, None] < 0.5, x.flip(2), x)
-    x = normalise(x, mean, std)
-    if cutout:
-        # the square's centre lies anywhere, so it may hang over the border
-        centre = (u[:, 5:7] * image_size).floor()[:, :, None]  # [B, 2, 1]
-        near = (torch.arange(image_size, device=x.device) - centre).add(cutout // 2).div(cutout).floor() == 0
-        x = x.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0.0)
-    return x
+        x = padded_crop(images, u, turned, crop_padding)
+    return normalise(x, mean, std, cut(u, image_size, cutout, x) if cutout else None)
 
 
-def padded_crop(images, u, padding):
-    """uint8 [B, H, W, C]: a window of the reflected image at u[:, 0:2], one of (2 * padding + 1)^2."""
-    if not padding:
-        return images
+def padded_crop(images, u, turned, padding):
+    """uint8 [B, H, W, C]: one of (2 * padding + 1)^2 windows of the reflected image, by u[:, 0:2]; some `turned`."""
     batch, height, width, channels = images.shape
-    padded = F.pad(images.permute(0, 3, 1, 2).float(), [padding] * 4, mode="reflect").to(torch.uint8)
-    # every window as a strided view, then one index: 170,000 img/s at 32 px on two cores, gather reaches 76,000
-    windows = padded.permute(0, 2, 3, 1).unfold(1, height, 1).unfold(2, width, 1)  # [B, 2p+1, 2p+1, C, H, W]
-    top, left = (u[:, :2] * (2 * padding + 1)).long().unbind(1)
-    return windows.permute(0, 1, 2, 4, 5, 3)[torch.arange(batch, device=u.device), top, left]
+    x, p = images, padding
+    if padding:
+        padded = images.new_empty(batch, height + 2 * p, width + 2 * p, channels)
+        padded[:, p:-p, p:-p] = images
+        padded[:, p:-p, :p], padded[:, p:-p, -p:] = images[:, :, 1 : p + 1].flip(2), images[:, :, -p - 1 : -1].flip(2)
+        padded[:, :p], padded[:, -p:] = padded[:, p + 1 : 2 * p + 1].flip(1), padded[:, -2 * p - 1 : -p - 1].flip(1)
+        # rows of each window as a strided view, then one index: four times as fast as a gather of pixels
+        rows = padded.view(batch, height + 2 * p, -1).unfold(2, width * channels, channels)  # [B, H+2p, 2p+1, W * C]
+        top, left = (u[:, :2] * (2 * p + 1)).long().to(images.device)[:, :, None].unbind(1)  # [B, 1]
+        place = torch.arange(batch, device=u.device)[:, None].to(images.device)
+        x = rows[place, top + torch.arange(height, device=top.device), left].view(images.shape)
+    turned = turned.nonzero()[:, 0].to(images.device)
+    return x.index_copy(0, turned, x.index_select(0, turned).flip(2))
 
 
-def resized_crop(images, u, size, min_area):
-    """float [B, size, size, C] of uint8 [B, H, W, C]: a box of random area, aspect and place, bilinear."""
-    area = min_area + (1 - min_area) * u[:, 0]
-    aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
-    half = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1).clamp(max=1)  # [B, (x, y)]
-    centre = (2 * u[:, 2:4] - 1) * (1 - half)
-    theta = torch.cat([torch.diag_embed(half), centre[:, :, None]], 2)  # [B, 2, 3], in the image's [-1, 1]
-    grid = F.affine_grid(theta, [len(u), 1, size, size], align_corners=False)
-    x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="reflection", align_corners=False)
-    return x.permute(0, 2, 3, 1)
+def resized_crop(images, u, turned, size, min_area):
+    """uint8 [B, size, size, C] of uint8 [B, H, W, C]: a box of random area, aspect and place, antialiased bilinear.
+
+    One image at a time, which for bytes on a CPU is ten times as fast as grid_sample on the batch; other devices
+    resize in float and round.
+    """
+    batch, height, width, channels = images.shape
+    area, aspect = min_area + (1 - min_area) * u[:, 0], torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
+    side = torch.stack([(area / aspect).sqrt() * height, (area * aspect).sqrt() * width], 1)  # [B, (height, width)]
+    most = torch.tensor([height, width])
+    side = side.round().clamp(min=1).minimum(most)
+    corner = (u[:, 2:4] * (most - side + 1)).floor()
+    out = images.new_empty(batch, size, size, channels)
+    for i, (top, left, h, w) in enumerate(torch.cat([corner, side], 1).int().tolist()):
+        box = images[i : i + 1, top : top + h, left : left + w].permute(0, 3, 1, 2)
+        box = box if images.device.type == "cpu" else box.float()
+        box = F.interpolate(box, (size, size), mode="bilinear", antialias=True)
+        box = box if box.dtype == torch.uint8 else box.round().clamp(0, 255)
+        box = box[0].permute(1, 2, 0)
+        out[i] = box.flip(1) if turned[i] else box
+    return out
 
 
-def normalise(images, mean, std):
-    """float32 [B, C, H, W] in channels_last memory from [B, H, W, C] in 0 to 255."""
-    mean, std = (torch.tensor(values, device=images.device) * 255 for values in (mean, std))
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+def cut(u, size, side, x):
+    """float32 [B, size, size * C]: 0 in a square of `side` px, its centre anywhere, so it may hang over; else 1."""
+    centre = (u[:, 5:7] * size).floor()[:, :, None]  # [B, 2, 1]
+    far = ((torch.arange(size) - centre).add(side // 2).div(side).floor() != 0).float()
+    rows, columns = far.to(x.device).unbind(1)
+    return torch.maximum(rows[:, :, None], columns.repeat_interleave(x.shape[3], 1)[:, None])
+
+
+def normalise(images, mean, std, keep=None):
+    """float32 [B, C, H, W] in channels_last memory from [B, H, W, C] in 0 to 255, times `keep` [B, H, W * C]."""
+    batch, height, width, channels = images.shape
+    mean, std = pixel_rows(tuple(mean), tuple(std), width, images.device)
+    # rows of W * C: the constants along the whole row make it 7 times as fast as three by three
+    x = images.reshape(batch, height, width * channels).float().sub_(mean).div_(std)
+    x = x if keep is None else x.mul_(keep)
+    return x.view(images.shape).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(8)
+def pixel_rows(mean, std, width, device):
+    """Mean and std of each channel in 0 to 255, once for each pixel of a row: float32 [width * C] on the device."""
+    return tuple((torch.tensor(values) * 255).repeat(width).to(device) for values in (mean, std))
 
 
 def centre(images, image_size, mean, std):
@@ -1260,7 +1293,7 @@ def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
         def fetch(order, start=0):
             for index in chunks(order, batch_size)[start:]:
                 rows = index.to(device)
-                yield images[rows], labels[rows], index
+                yield images.index_select(0, rows), labels[rows], index  # images[rows] takes 15 times as long
 
         return fetch
 

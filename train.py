@@ -563,7 +563,7 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
     while sums is None:
         try:
             if seed is not None:
-                torch.manual_seed(seed)
+                set_seed(seed, state.parameters[0].device)
             sums = accumulate(state, split(window, state.micro_batch), task, augment, dtype)
         except RuntimeError as error:
             largest = max(len(images) for images, *_ in split(window, state.micro_batch))
@@ -599,15 +599,17 @@ def accumulate(state, window, task, augment, dtype):
         with autocast(images.device, dtype):
             outputs = forward(augment(images, index))
             loss = task.loss(outputs, targets)
-        state.scaler.scale(loss / items).backward()
-        found = Sums(loss.detach(), count, *measured(task, outputs, targets))
+        state.scaler.scale(loss).backward(loss.new_ones(()) / items)  # as that of loss / items, two operations less
+        found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
         sums = found if sums is None else sums.plus(found)
     return sums
 
 
-@torch.no_grad()
-def measured(task, outputs, targets):
-    return task.measure(outputs, targets)
+def set_seed(seed, device):
+    """Mutates the generators of the CPU and of `device`; torch.manual_seed visits every backend, which takes 0.1 ms."""
+    torch.default_generator.manual_seed(seed)
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).manual_seed(seed)
 
 
 def undo(state, held):
@@ -998,7 +1000,7 @@ class Family:
 def image_task(config):
     return Task(
         loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"]),
-        measure=lambda logits, labels: ((logits.argmax(1) == labels).sum()[None], len(labels)),
+        measure=lambda logits, labels: ((logits.argmax(1) == labels).sum(0, keepdim=True), len(labels)),
         metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "{:.2%}"}, unit="images",
     )  # fmt: skip
 

@@ -475,11 +475,34 @@ def test_random_resized_crop_keeps_to_its_areas_and_to_the_image():
     ramp = (torch.arange(64.0) + 0.5) / 64 * 255
     image = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)], 2).to(torch.uint8)
     u = data.uniform(torch.arange(500), 0, 0, 8)
-    out = data.resized_crop(image.expand(500, 64, 64, 3), u, 32, 0.25) / 255
+    out = data.resized_crop(image.expand(500, 64, 64, 3), u, u[:, 4] < 0.5, 32, 0.25) / 255
     width, height = ((out.amax((1, 2)) - out.amin((1, 2))) * 32 / 31).T[:2]
     area = width * height
     assert 0.2 < area.min() < 0.35 and 0.8 < area.max() < 1.05
     assert (width / height).max() < 4 / 3 + 0.1 and (width / height).min() > 3 / 4 - 0.1
+
+
+def test_random_resized_crop_is_pillows():
+    Image = pytest.importorskip("PIL.Image")
+    images = torch.from_numpy(data.draw_shapes(np.arange(12) % 10, 48, np.random.default_rng(0)))
+    u = data.uniform(torch.arange(12), 0, 0, 8)
+    turned = torch.arange(12) % 2 == 0
+    out = data.resized_crop(images, u, turned, 32, 0.3)
+    for i in range(12):
+        area, aspect = (0.3 + 0.7 * u[i, 0]) * 48 * 48, (4 / 3) ** (2 * u[i, 1] - 1)
+        height, width = (min(48, round(side.item())) for side in ((area / aspect).sqrt(), (area * aspect).sqrt()))
+        top, left = int(u[i, 2] * (49 - height)), int(u[i, 3] * (49 - width))
+        box = Image.fromarray(images[i].numpy()).crop((left, top, left + width, top + height))
+        expected = np.asarray(box.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+        expected = expected[:, ::-1] if turned[i] else expected
+        assert abs(out[i].numpy() - expected).max() <= 2  # of 255: both count in fixed point, with other widths
+
+
+def test_every_image_is_mirrored_in_one_of_two_epochs():
+    images, index = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8), torch.arange(64)
+    even, odd = (data.augment(images, index, 3, epoch, 8, crop_padding=0, **STATS) for epoch in (4, 5))
+    plain = (even == data.centre(images, 8, **STATS)).flatten(1).all(1)
+    assert torch.equal(even, odd.flip(3)) and 16 < plain.sum() < 48
 
 
 def test_cutout_blanks_a_square_to_the_mean():
