@@ -1126,7 +1126,8 @@ def augment(images, index, seed, epoch, image_size, mean, std, crop_padding=4, f
 
     Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
     3/4 to 4/3; Szegedy et al. 2015); others are padded by reflection and cropped. Half are mirrored,
-    the other half in the next epoch (Jordan 2024, arXiv:2404.00498), and a square of `cutout` px set to the mean (DeVries & Taylor 2017; 0 is off).
+    the other half in the next epoch (Jordan 2024, arXiv:2404.00498), and a square of `cutout` px set to
+    the mean (DeVries & Taylor 2017; 0 is off).
     """
     u = uniform(index, seed, epoch, 8)
     turned = flip & ((uniform(index, seed, 0, 8)[:, 4] < 0.5) ^ bool(epoch % 2))

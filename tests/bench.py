@@ -430,13 +430,13 @@ def choices_part(device):
         x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(0, 10, (batch,), device=device)
         chosen = utils.pick_precision("auto", device)[0]
 
-        def job(dtype=chosen, form=torch.channels_last, wide=("cpu",), kept=True, fused=True):
+        def job(dtype=chosen, form=torch.channels_last, tuned=("cpu",), kept=True, fused=True):
             torch.manual_seed(0)
             net = model.build_model(name, 10).to(device, memory_format=form).train()
             inner = bare_job(net, [(x.to(memory_format=form), y, None)] * 2, dtype, fused=fused)
 
             def call():
-                model.Conv2d.wide_on = wide
+                model.Conv2d.tuned_on = tuned
                 if device.type == "cpu":
                     utils.keep_freed_memory(kept)
                 inner()
@@ -448,14 +448,14 @@ def choices_part(device):
         if device.type == "cpu":
             jobs["freed memory given back"] = job(kept=False)
             if name == "efficientnet_b0" and chosen == torch.bfloat16:
-                jobs["depthwise in bf16 too"] = job(wide=())
+                jobs["convolutions as torch runs them"] = job(tuned=())
         table(
             f"choices: {name}, {size} px, batch {batch}, images",
             rounds(jobs),
             dict.fromkeys(jobs, 2 * batch),
             ["as chosen"],
         )
-    model.Conv2d.wide_on = ("cpu",)
+    model.Conv2d.tuned_on = ("cpu",)
 
 
 # ------------------------------------------------------------------------------------------- Sudoku

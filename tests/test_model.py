@@ -198,6 +198,28 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu_alone():
         assert conv(torch.randn(2, 8, 5, 5).bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("size, stride, kernel", [(1, 1, 5), (2, 1, 5), (2, 2, 5), (1, 1, 3), (3, 2, 5), (5, 1, 5)])
+def test_depthwise_convolutions_on_small_maps_are_torchs(size, stride, kernel):
+    own = model.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6, bias=False).double()
+    x = torch.randn(3, 6, size, size, dtype=torch.float64, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, own.weight, None, stride, kernel // 2, 1, 6)
+    assert torch.allclose(own(x), y, atol=1e-12)
+    g = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(own(x), (x, own.weight), g), torch.autograd.grad(y, (x, own.weight), g)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_pointwise_convolutions_are_torchs(memory_format):
+    own = model.Conv2d(6, 9, 1, bias=False).double().to(memory_format=memory_format)
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    y = torch.nn.functional.conv2d(x, own.weight)
+    assert torch.allclose(own(x), y, atol=1e-12) and own(x).stride() == y.stride()
+    g = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(own(x), (x, own.weight), g), torch.autograd.grad(y, (x, own.weight), g)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
 def test_largest_batch_leaves_its_margin():
     memory = {"weights": 2**20, "gradients": 0, "optimizer": 0, "ema": 0, "once": 0, "sample": 2**20}
     assert model.largest_batch(memory, 4) == int((0.9 * 4 - 0.5) * 1024 / 1.1 - 1 / 1.1)
