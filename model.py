@@ -76,15 +76,18 @@ class CustomCNN(nn.Module):
 
     Input float [B, in_channels, H, W] with H, W >= 8 * stem_stride; output logits [B, num_classes].
     The stem's stride keeps the stages at about 32x32 whatever the image: 1 up to 47 px, 2 up to
-    95 px, 4 above (`stem_stride_for`). `widths` are the channels of the stem and the three stages.
-    With `whiten` the stem is what `whiten_stem` makes of the training images, and is not trained.
+    95 px, 4 above (`stem_stride_for`). `widths` are the channels of the stem and the three stages,
+    `depths` the convolutions of each stage's residual part. With `whiten` the stem is what
+    `whiten_stem` makes of the training images, and is not trained.
     """
 
     run_stage = staticmethod(direct)
 
-    def __init__(self, num_classes, in_channels=3, stem_stride=1, widths=(64, 128, 256, 416), whiten=False):
+    def __init__(self, num_classes, in_channels=3, stem_stride=1, widths=(64, 128, 256, 416), depths=(2, 0, 2),
+                 whiten=False):  # fmt: skip
         super().__init__()
         a, b, c, d = widths
+        residual = lambda width, depth: nn.Sequential(*(ConvBlock(width, width) for _ in range(depth)))
         kernel_size = 2 * stem_stride
         if whiten:  # eigenvectors and their negatives, as ReLU keeps one side of each
             a = min(a // 2, in_channels * kernel_size**2) * 2
@@ -92,10 +95,11 @@ class CustomCNN(nn.Module):
         else:
             self.stem = ConvBlock(in_channels, a, stride=stem_stride)
         self.stage1 = ConvBlock(a, b, pool=True)  # [B, b, 16, 16] for 32 px
-        self.residual1 = nn.Sequential(ConvBlock(b, b), ConvBlock(b, b))
+        self.residual1 = residual(b, depths[0])
         self.stage2 = ConvBlock(b, c, pool=True)  # [B, c, 8, 8]
+        self.residual2 = residual(c, depths[1])
         self.stage3 = ConvBlock(c, d, pool=True)  # [B, d, 4, 4]
-        self.residual3 = nn.Sequential(ConvBlock(d, d), ConvBlock(d, d))
+        self.residual3 = residual(d, depths[2])
         self.head = nn.Linear(d, num_classes)
         initialise(self)
         nn.init.zeros_(self.head.weight)
@@ -103,11 +107,11 @@ class CustomCNN(nn.Module):
             self.stem[0].weight.requires_grad_(False)
 
     def forward(self, x):
-        run = self.run_stage
-        x = run(self.stage1, run(self.stem, x))
-        x = x + run(self.residual1, x)
-        x = run(self.stage3, run(self.stage2, x))
-        x = x + run(self.residual3, x)
+        x = self.run_stage(self.stem, x)
+        for stage, residual in ((self.stage1, self.residual1), (self.stage2, self.residual2),
+                                (self.stage3, self.residual3)):  # fmt: skip
+            x = self.run_stage(stage, x)
+            x = x + self.run_stage(residual, x) if len(residual) else x
         return self.head(x.flatten(2).amax(2)) / 8  # [B, d, H, W] -> [B, d]; unscaled, SGD at 0.1 diverges
 
 

@@ -91,11 +91,16 @@ def boolean(text):
     return text in ("True", "true")
 
 
-def widths(text):
-    """Four channel counts with commas, for --widths; the text itself, as presets and config.json hold it."""
-    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3}){3}", text) or int(text.split(",")[0]) < 2:
-        raise argparse.ArgumentTypeError(f"must be four integers such as 64,128,256,416, got {shown(text)}")
-    return text
+def integers(count, low, example):
+    """An argparse type: `count` integers from `low` to 9,999 with commas; the text itself, as presets hold it."""
+
+    def parse(text):
+        if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) or len(text.split(",")) != count \
+                or min(map(int, text.split(","))) < low:  # fmt: skip
+            raise argparse.ArgumentTypeError(f"must be {count} integers from {low}, as {example}, got {shown(text)}")
+        return text
+
+    return parse
 
 
 def run_name(text):
@@ -154,7 +159,9 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), default="efficientnet_b0", help="the network")
     add("--pretrained", type=str, nargs="?", const="official", help="a weights file; alone: the official B0 file")
-    add("--widths", type=widths, help="custom: channels of the stem and the three stages; else 64,128,256,416")
+    four, three = integers(4, 2, "64,128,256,416"), integers(3, 0, "2,0,2")
+    add("--widths", type=four, help="custom: channels of the stem and the three stages; else 64,128,256,416")
+    add("--depths", type=three, help="custom: convolutions of the stages' residual parts; else 2,0,2")
     add("--whiten", type=boolean, nargs="?", const=True, default=False, help="custom: a frozen stem that decorrelates")
     size, steps = number(int, 1, 1024), number(int, 1, 10_000)
     add("--width", type=size, default=32, help="sudoku_gnn: features of a candidate's state")
@@ -1023,7 +1030,7 @@ def check_images(config, source):
         raise ValueError(f"--image_size {size}: {config['model']} needs {least} px; give --image_size {least} or more")
     if config["batch_size"] == 1 and size <= 32 and config["model"] == "efficientnet_b0":
         raise ValueError("--batch_size 1: BatchNorm needs two values a channel at 32 px; give --batch_size 2 or more")
-    for flag in ("widths", "whiten"):
+    for flag in ("widths", "depths", "whiten"):
         if config[flag] and config["model"] != "custom":
             raise ValueError(f"--{flag}: is for custom, the model is {config['model']}; leave it out")
     for flag in ("crop_padding", "cutout"):
@@ -1057,15 +1064,15 @@ def shuffled(config, split):
 def image_arguments(config, source):
     if config["model"] != "custom":
         return {}
-    widths = {"widths": [int(width) for width in config["widths"].split(",")]} if config["widths"] else {}
-    return {"stem_stride": models.stem_stride_for(source.image_size), **widths, "whiten": config["whiten"]}
+    shape = {name: [int(n) for n in config[name].split(",")] for name in ("widths", "depths") if config[name]}
+    return {"stem_stride": models.stem_stride_for(source.image_size), **shape, "whiten": config["whiten"]}
 
 
 IMAGES = Family(
     load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
     augment=image_augment, order=shuffled, views=data.image_views, arguments=image_arguments,
     flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained", "widths",
-           "whiten", "tta"),
+           "depths", "whiten", "tta"),
     optimizer="adamw",
 )  # fmt: skip
 
@@ -1241,14 +1248,15 @@ def prepare_run(config, fresh=True):
     settings += ["channels_last"] * (memory_format is torch.channels_last and channels > 1)
     settings += [f"fused {config['optimizer']}"] * (config["optimizer"] != "muon")
     held = sum(memory.values()) + memory["sample"] * (config["batch_size"] - 1)
+    parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in memory.items() if name not in ("once", "sample"))
+    parts += f", activations {memory['sample'] / 2**20:.2f}"
     cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
     lines = [
         f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
         f"{torch.get_num_threads()} threads | precision {precision} ({reason})",
         f"model      {config['model']}, {parameters:,} parameters{note}",
         f"speed      {', '.join(settings)}",
-        f"memory     about {held / 2**20:,.0f} MiB for training, {memory['sample'] / 2**20:.2f} of it a sample | "
-        f"largest batch for 4, 6, 8 GB: {cards}",
+        f"memory     about {held / 2**20:,.0f} MiB ({parts} a sample) | largest batch for 4, 6, 8 GB: {cards}",
         f"data       {source.description} | "
         + ", ".join(counted(name) for name in ("train", "val", "test")),
         f"batch      {config['batch_size']} x {config['accumulation_steps']} accumulation x 1 process = {effective} | "

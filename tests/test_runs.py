@@ -99,7 +99,8 @@ def run_stopped(monkeypatch, steps, flags, name):
         "--ema_decay 0.9 --clip_grad_norm 1.0 --cutout 6",
         "--optimizer sgd --scheduler plateau --scheduler_patience 0 --amp bf16",
         "--amp fp16 --scheduler cosine --warmup_epochs 0.5",
-        "--optimizer muon --whiten --widths 24,16,32,48 --checkpoint_activations --val_every 2 --val_samples 20",
+        "--optimizer muon --whiten --widths 24,16,32,48 --depths 1,0,1 --checkpoint_activations --val_samples 20 "
+        "--val_every 2",
         "--model efficientnet_b0 --image_size 32 --scheduler constant",  # dropout and stochastic depth
     ],
 )
@@ -478,7 +479,8 @@ BAD_FLAGS = {
     "--device tpu": "--device tpu",
     "--amp maybe": "--amp: invalid choice",
     "--model resnet": "--model: invalid choice",
-    "--widths 64,128": "must be four integers",
+    "--widths 64,128": "must be 4 integers from 2",
+    "--depths 1,-1,1": "must be 3 integers from 0",
     "--widths 24,64,256,256": "--widths: is for custom",
     "--whiten": "--whiten: is for custom",
     "--model sudoku_gnn --whiten": "--whiten: is for custom",
@@ -752,7 +754,7 @@ def test_checkpointed_activations_train_bitwise_alike_in_less_memory(name, amp):
     preset += " --grad_steps 3 --free_steps 2" if name == "sudoku_gnn" else " --image_size 32"
     kept, recomputed = run("", "kept", preset), run("--checkpoint_activations", "recomputed", preset)
     assert same(kept[0]["model"], recomputed[0]["model"])
-    sample = [float(log.split("MiB for training, ")[1].split()[0]) for *_, log in (kept, recomputed)]
+    sample = [float(log.split("activations ")[1].split()[0]) for *_, log in (kept, recomputed)]
     assert sample[1] < 0.75 * sample[0]
 
 
@@ -785,8 +787,8 @@ def test_a_step_that_is_suddenly_slow_is_told():
 
 
 def test_whitening_makes_patches_white_and_the_stem_stays(monkeypatch):
-    checkpoint, _, _ = run("--whiten --widths 24,16,32,48")
-    begun = run("--whiten --widths 24,16,32,48 --lr 1e-30 --optimizer sgd", "begun")[0]
+    checkpoint, _, _ = run("--whiten --widths 24,16,32,48 --depths 1,0,1")
+    begun = run("--whiten --widths 24,16,32,48 --depths 1,0,1 --lr 1e-30 --optimizer sgd", "begun")[0]
     assert torch.equal(checkpoint["model"]["stem.0.weight"], begun["model"]["stem.0.weight"])
     assert checkpoint["model"]["stage3.conv.weight"].shape == (48, 32, 3, 3)
     config = train.parse_flags(TINY.split())[0]
