@@ -116,15 +116,17 @@ class CustomCNN(nn.Module):
 
 
 @torch.no_grad()
-def whiten_stem(model, images, eps=5e-4):
-    """Mutates a CustomCNN built with `whiten`: its stem decorrelates the patches of `images` float [B, C, H, W].
+def whiten_stem(model, batches, eps=5e-4):
+    """Mutates a CustomCNN built with `whiten`: its stem decorrelates the patches of batches float [B, C, H, W].
 
     Filters are the leading eigenvectors of the patches' second moments over the root of their
     eigenvalues, and their negatives (Page 2018; Jordan 2024, arXiv:2404.00498).
     """
-    stem = model.stem[0]
-    patches = F.unfold(images, stem.kernel_size, stride=stem.stride).mT.flatten(0, 1).double()  # [windows, C * k * k]
-    eigenvalues, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+    stem, moments, count = model.stem[0], 0, 0
+    for images in batches:
+        patches = F.unfold(images, stem.kernel_size, stride=stem.stride).mT.flatten(0, 1).double()  # [n, C * k * k]
+        moments, count = moments + patches.T @ patches, count + len(patches)
+    eigenvalues, vectors = torch.linalg.eigh(moments / count)  # ascending
     filters = (vectors / (eigenvalues + eps).sqrt()).T.flip(0)[: stem.out_channels // 2]
     stem.weight.copy_(torch.cat([filters, -filters]).view_as(stem.weight))
 
@@ -502,7 +504,7 @@ def activation_bytes(model, inputs):
 
     chosen = model.run_stage
     try:
-        with hold_buffers(model), torch.random.fork_rng():
+        with hold_buffers(model), torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
             total, largest = trace(direct)
             return trace(recomputed)[0] + largest if chosen is recomputed else total
     finally:

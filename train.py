@@ -44,6 +44,7 @@ import data
 import model as models
 import utils
 
+AUTO = ("auto", "batch_size"), ("auto", "lr")  # found when the run began
 MAX_BAD_STEPS = 25  # in a row; fp16 halves its scale 16 times from 65,536 to 1, so 25 is no mere overflow
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNS = Path("runs")
@@ -196,7 +197,7 @@ def build_parser():
     add("--anneal", choices=["cos", "linear"], default="cos", help="OneCycle's form")
     add("--cycle_momentum", type=boolean, nargs="?", const=True, default=True, help="OneCycle: 0.95, 0.85, 0.95")
     add("--warmup_epochs", type=at_least_0, default=0.0, help="linear, of cosine, plateau and constant")
-    add("--scheduler_patience", type=number(int, 0), default=3, help="plateau: epochs without a gain before a cut")
+    add("--scheduler_patience", type=number(int, 0), default=3, help="plateau: validations without a gain before a cut")
     add("--scheduler_factor", type=number(float, 0, 1, True, True), default=0.1, help="plateau: the cut")
 
     add = parser.add_argument_group("machine").add_argument
@@ -208,7 +209,7 @@ def build_parser():
     recompute = "compute them again in the backward pass in place of keeping them"
     add("--checkpoint_activations", type=boolean, nargs="?", const=True, default=False, help=recompute)
     add("--deterministic", type=boolean, nargs="?", const=True, default=True, help="cuDNN too, for bitwise resume")
-    modes = ["off", "default", "reduce-overhead", "max-autotune"]
+    modes = ["off", "default", "max-autotune-no-cudagraphs"]  # CUDA graphs reuse the memory of accumulated gradients
     add("--compile", choices=modes, nargs="?", const="default", default="off", help="torch.compile, where it works")
 
     add = parser.add_argument_group("run").add_argument
@@ -250,7 +251,11 @@ def parse_flags(argv):
         fail(f"{shown(name)} is no flag; {nearest(name, ['--' + key for key in defaults])}")
     flags = vars(flags)
     presets = Path(__file__).with_name("configs.json")
-    given = {**(read_preset(presets, flags["config"], actions) if "config" in flags else {}), **flags}
+    preset = read_preset(presets, flags["config"], actions) if "config" in flags else {}
+    for one, other in (("effective_batch", "accumulation_steps"), ("accumulation_steps", "effective_batch")):
+        if one in flags:  # either says the samples of a step
+            preset.pop(other, None)
+    given = {**preset, **flags}
     return {**defaults, **given}, given
 
 
@@ -377,6 +382,8 @@ class TrainState:
         models.check_state_dict(self.model.state_dict(), saved["model"])
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for p, moments in getattr(self.optimizer, "state", {}).items():  # in the memory format of this device
+            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v is not None and v.ndim}
         if saved["scaler"] and self.scaler.is_enabled():  # a run may go on at another precision
             self.scaler.load_state_dict(saved["scaler"])
         for name in self.PLAIN:
@@ -496,7 +503,7 @@ def constant(step, lr, warmup_steps=0, scale=1.0):
 
 
 def plateau_cuts(values, patience, higher_is_better, min_delta=0.0):
-    """How often patience ran out over `values` (one an epoch); as torch's ReduceLROnPlateau, threshold absolute."""
+    """How often patience ran out over `values` (one a validation); as torch's ReduceLROnPlateau, threshold absolute."""
     best, waited, cuts = -math.inf, 0, 0
     for value in values if higher_is_better else [-v for v in values]:
         best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
@@ -506,7 +513,7 @@ def plateau_cuts(values, patience, higher_is_better, min_delta=0.0):
 
 
 def epochs_since_best(values, higher_is_better, min_delta=0.0):
-    """Epochs since the last gain of more than `min_delta` over the best before it; 0 where the last one is it."""
+    """Validations since the last gain of more than `min_delta` over the best before it; 0 where the last one is it."""
     best, since = -math.inf, 0
     for value in values if higher_is_better else [-v for v in values]:
         best, since = (value, 0) if value > best + min_delta else (best, since + 1)
@@ -574,7 +581,7 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
             sums = accumulate(state, split(window, state.micro_batch), task, augment, dtype)
         except RuntimeError as error:
             largest = max(len(images) for images, *_ in split(window, state.micro_batch))
-            if not utils.out_of_memory(error) or largest < 2:
+            if not utils.out_of_memory(error) or largest < 4:  # BatchNorm needs two
                 raise
             state.micro_batch = largest // 2
         if sums is None:  # past the except clause, which holds on to the tensors of the pass that failed
@@ -791,7 +798,9 @@ def fit(state, run, stop=()):
         order = run.val_order if whole else run.val_sample
         for name, weights in (("val", None), ("ema", state.ema)):
             if run.fetch_val and len(order) and (name == "val" or weights is not None):
-                found = evaluate(state.model, run.fetch_val(order), task, run.prepare, run.dtype, weights)
+                most = state.micro_batch and 2 * state.micro_batch
+                batches = (part for batch in run.fetch_val(order) for part in split([batch], most))
+                found = evaluate(state.model, batches, task, run.prepare, run.dtype, weights)
                 row.update({f"{name if whole else name + '_sample'}_{k}": v for k, v in found.items()})
         rate = state.optimizer.param_groups[0]["lr"]  # of the last step
         row.update(lr=rate, seconds=seconds, samples_per_second=count / seconds, bad_steps=state.bad_steps)
@@ -996,7 +1005,6 @@ class Family:
     arguments: Callable  # (config, source) -> the model's arguments
     task: Callable  # (config) -> Task
     prepare: Callable  # (meta, memory_format) -> function of a batch -> the model's input
-    views: Callable  # an input -> (view, weight) pairs, for --tta
     augment: Callable  # (config, meta, memory_format) -> function of (batch, index, epoch) -> the model's input
     order: Callable  # (config, split) -> function of the epoch -> the order of its samples
     flags: tuple  # those that only this kind of data knows
@@ -1070,7 +1078,7 @@ def image_arguments(config, source):
 
 IMAGES = Family(
     load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
-    augment=image_augment, order=shuffled, views=data.image_views, arguments=image_arguments,
+    augment=image_augment, order=shuffled, arguments=image_arguments,
     flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained", "widths",
            "depths", "whiten", "tta"),
     optimizer="adamw",
@@ -1116,7 +1124,7 @@ PUZZLES = Family(
         "message_steps": config["message_steps"] or 64},
     flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
            "curriculum"),
-    optimizer="muon", views=lambda puzzles: [(puzzles, 1.0)],
+    optimizer="muon",
 )  # fmt: skip
 
 FAMILIES = {"custom": IMAGES, "efficientnet_b0": IMAGES, "sudoku_gnn": PUZZLES}
@@ -1167,9 +1175,11 @@ def prepare_run(config, fresh=True):
     task = family.task(config)
     check_monitor(config, task, val is not None)
     auto = config["batch_size"] == "auto"
-    if auto:
-        config["effective_batch"] = min(config["effective_batch"] or 128, len(train))
-    elif config["batch_size"] > len(train):
+    if auto and config["effective_batch"] is None:
+        if config["accumulation_steps"] > 1:
+            raise ValueError("--accumulation_steps: --batch_size auto sets it; give --effective_batch in its place")
+        config["effective_batch"] = 128
+    if not auto and config["batch_size"] > len(train):
         raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
     rgb_statistics = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else None
     mean, std = rgb_statistics or (source.mean, source.std)
@@ -1189,8 +1199,9 @@ def prepare_run(config, fresh=True):
     if config["checkpoint_activations"]:
         model.run_stage = models.recomputed
     if config["whiten"] and fresh:
-        part = torch.from_numpy(np.array(train.images[data.stratified(train.labels, 5000, config["seed"])]))
-        models.whiten_stem(model, family.prepare(meta, torch.contiguous_format)(part))
+        some = np.array_split(data.stratified(train.labels, 5000, config["seed"]), max(1, min(len(train), 5000) // 64))
+        prepare = family.prepare(meta, torch.contiguous_format)
+        models.whiten_stem(model, (prepare(torch.from_numpy(np.array(train.images[part]))) for part in some))
     if config["pretrained"] and fresh:
         try:
             models.load_backbone(model, pretrained_weights(config))
@@ -1214,18 +1225,21 @@ def prepare_run(config, fresh=True):
     moments = {"adamw": 2, "sgd": 1, "muon": 1}[config["optimizer"]]
     with autocast(device, dtype):
         memory = models.estimate_memory(model, example, moments, state.ema is not None)
+    budget = min(utils.free_bytes(device), utils.memory_cap(device, config["memory_gb"])) // 4
     if auto:
+        resident = sum(split.images.nbytes for split in (train, val) if split and split.images.nbytes <= budget)
         step = partial(train_step, state, task=task, augment=lambda x, i: augment(x, i, 0), dtype=dtype)
-        fits = lambda size: trial(state, step, train, size, device, memory, config["memory_gb"])
-        config["batch_size"] = choose_batch(config["effective_batch"], fits)
+        fits = lambda size: trial(state, step, train, size, device, memory, resident, config["memory_gb"])
+        config["batch_size"] = choose_batch(config["effective_batch"], len(train), fits)
     if config["effective_batch"]:
-        config["accumulation_steps"] = -(-config["effective_batch"] // config["batch_size"])
+        if config["effective_batch"] % config["batch_size"]:
+            raise ValueError(f"--effective_batch {config['effective_batch']}: must be a multiple of --batch_size")
+        config["accumulation_steps"] = config["effective_batch"] // config["batch_size"]
     batches_an_epoch = len(data.chunks(torch.arange(len(train)), config["batch_size"]))
     steps_an_epoch = -(-batches_an_epoch // config["accumulation_steps"])
     total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
     if warmup_steps >= total_steps:
         raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
-    budget = utils.free_bytes(device) // 4
     fetch_train = data.batches(train, config["batch_size"], device, budget, config["workers"])
     run = Run(
         config=config, task=task, device=device, dtype=dtype, train=train, val=val, fetch_train=fetch_train,
@@ -1265,28 +1279,30 @@ def prepare_run(config, fresh=True):
     return state, run, lines
 
 
-def choose_batch(effective, fits):
-    """The largest micro-batch that divides `effective` and for which fits(size) holds; ValueError where none does."""
-    for size in range(effective, 0, -1):
+def choose_batch(effective, most, fits):
+    """The largest micro-batch, `most` to 2, that divides `effective` and for which fits(size); ValueError for none."""
+    for size in range(min(effective, most), 1, -1):
         if effective % size == 0 and fits(size):
             return size
-    raise ValueError("--batch_size auto: not one sample fits; give a smaller --image_size or --checkpoint_activations")
+    raise ValueError("--batch_size auto: not two samples fit; give a smaller --image_size or --checkpoint_activations")
 
 
-def trial(state, step, split, size, device, memory, memory_gb):
+def trial(state, step, split, size, device, memory, resident, memory_gb):
     """Whether two real steps on `size` samples fit: on CUDA within 0.92 of the cap, on a CPU 0.8 of free memory.
 
-    Leaves `state` as it was. A CPU's memory has no end that can be run into, so there the estimate decides.
+    `resident` bytes of data come on top. Leaves `state` as it was. A CPU's memory has no end that can be run
+    into, so there the estimate decides.
     """
     free = utils.free_bytes(device)
     limit = min(free, memory_gb * 2**30) if memory_gb else free
-    held = sum(memory.values()) + 1.1 * memory["sample"] * (size - 1)
+    held = sum(memory.values()) + 1.1 * memory["sample"] * (size - 1) + resident
     if device.type != "cuda" and held > 0.8 * limit:
         return False
     index = torch.arange(size)
     window = [(*(torch.from_numpy(np.array(a[index.numpy()])).to(device) for a in (split.images, split.labels)), index)]
     with preserved(state):
         if device.type == "cuda":
+            torch.cuda.empty_cache()  # what a larger trial left would count
             torch.cuda.reset_peak_memory_stats(device)
         try:
             for _ in range(2):
@@ -1295,8 +1311,11 @@ def trial(state, step, split, size, device, memory, memory_gb):
             if not utils.out_of_memory(error):
                 raise
             return False
-        used = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-        return state.micro_batch is None and used <= 0.92 * utils.memory_cap(device, memory_gb)
+        used = torch.cuda.max_memory_reserved(device) + resident if device.type == "cuda" else 0
+        fits = state.micro_batch is None and used <= 0.92 * utils.memory_cap(device, memory_gb)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the data that is to stay on the device
+    return fits
 
 
 def pick_memory_format(channels_last, device):
@@ -1391,7 +1410,7 @@ def resumed_config(folder, config, given):
     for key, value in given.items():
         if key in MODES:
             continue
-        if key not in FREE_ON_RESUME and stored[key] != value and value != "auto":
+        if key not in FREE_ON_RESUME and stored[key] != value and (value, key) not in AUTO:
             raise ValueError(f"--{key} {value}: the run has {stored[key]}; leave the flag out, or start a new run")
         if key in FREE_ON_RESUME and key != "run_name":
             stored[key] = value
@@ -1410,7 +1429,9 @@ def main(argv=None):
         for key, mode in (("input", "predict"), ("search", "predict"), ("tta", "evaluate")):
             if config[key] and not config[mode]:
                 raise ValueError(f"--{key}: needs --{mode}")
-        if config["effective_batch"] and "accumulation_steps" in given:
+        if config["compile"] != "off" and config["checkpoint_activations"]:
+            raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
+        if config["effective_batch"] and "accumulation_steps" in given and config["resume"] is None:
             raise ValueError("--accumulation_steps: follows from --effective_batch; leave one out")
         if config["predict"]:
             return run_predict(config["predict"], config)
@@ -1459,6 +1480,11 @@ def main(argv=None):
         return 1
     except (ValueError, OSError) as error:
         fail(str(error))
+    except RuntimeError as error:
+        if not utils.out_of_memory(error):
+            raise
+        print(f"error: {utils.one_line(error)}; give a smaller --batch_size or --batch_size auto", file=sys.stderr)
+        return 1
 
     run.log = utils.logger(folder / "log.txt", lines)
     try:
@@ -1468,7 +1494,7 @@ def main(argv=None):
         run.log(f"error: {utils.one_line(error)}")
     except RuntimeError as error:
         if utils.out_of_memory(error):
-            run.log(f"error: {utils.one_line(error)}; not one sample fits; try --checkpoint_activations")
+            run.log(f"error: {utils.one_line(error)}; go on with a smaller load, or --resume --checkpoint_activations")
         elif "DataLoader worker" in str(error):
             run.log(f"error: {utils.one_line(error)}; go on with: python train.py --resume {folder.name} --workers 0")
         else:
@@ -1548,11 +1574,11 @@ def run_evaluate(path, config, given):
     batch_size = 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
     batches = data.batches(split, batch_size, device, utils.free_bytes(device) // 4, config["workers"])
     prepare = family.prepare(meta, pick_memory_format(config["channels_last"], device))
-    task, views = family.task(config), family.views if config["tta"] else FAMILIES["sudoku_gnn"].views
+    task, views = family.task(config), {"views": data.image_views} if config["tta"] else {}
     if config["tta"] and family is not IMAGES:
         raise ValueError(f"--tta: is for images, {path} is a {meta['model']}; leave it out")
     one = next(iter(batches(torch.arange(1))))
-    score = lambda batches: evaluate(model, batches, task, prepare, dtype, views=views)
+    score = lambda batches: evaluate(model, batches, task, prepare, dtype, **views)
     latency = statistics.median(timed(lambda: score([one])) for _ in range(7))
     began = time.perf_counter()
     result = score(batches(torch.arange(len(split))))

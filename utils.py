@@ -289,6 +289,8 @@ def pick_device(name="auto"):
         raise ValueError(f"--device {name}: not on this machine; it has {[k for k, ok in there.items() if ok]}")
     if number and int(number[1:]) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if kind == "cuda":
+        return torch.device("cuda", int(number[1:]) if number else torch.cuda.current_device())
     return torch.device(name)
 
 
@@ -327,6 +329,7 @@ def tune(device, deterministic=True, memory_gb=None):
     """
     if device.type != "cuda":
         return ["freed memory kept"] * (device.type == "cpu" and keep_freed_memory())
+    torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
     cap = memory_cap(device, memory_gb)
@@ -361,7 +364,7 @@ def keep_freed_memory(keep=True):
 
 def out_of_memory(error):
     """Whether a RuntimeError says that memory ran out, on CUDA (its libraries too), MPS or a CPU."""
-    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 

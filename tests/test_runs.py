@@ -1,5 +1,6 @@
 """Whole runs: the command line, a stop at any step, what stands on disk, every flag, every bad one."""
 
+import copy
 import csv
 import json
 import os
@@ -485,9 +486,12 @@ BAD_FLAGS = {
     "--whiten": "--whiten: is for custom",
     "--model sudoku_gnn --whiten": "--whiten: is for custom",
     "--tta": "--tta: needs --evaluate",
+    "--effective_batch 24": "--effective_batch 24: must be a multiple of --batch_size",
+    "--batch_size auto --accumulation_steps 4": "--accumulation_steps: --batch_size auto sets it",
+    "--compile --checkpoint_activations": "--checkpoint_activations: torch.compile does not",
     "--effective_batch 8 --accumulation_steps 2": "--accumulation_steps: follows from --effective_batch",
     "--batch_size few": "must be an integer at least 1 or auto",
-    "--batch_size auto --memory_gb 0.001 --max_samples 60": "--batch_size auto: not one sample fits",
+    "--batch_size auto --memory_gb 0.001 --max_samples 60": "--batch_size auto: not two samples fit",
     "--val_every 0": "must be an integer at least 1 or adaptive",
     "--memory_gb 0": "must be a number above 0",
     "--compile perhaps": "--compile: invalid choice",
@@ -698,7 +702,9 @@ def out_of_memory_at(monkeypatch, samples, calls=None):
     return seen
 
 
-@pytest.mark.parametrize("flags", ["", "--ema_decay 0.9 --optimizer sgd --clip_grad_norm 1"])
+@pytest.mark.parametrize(
+    "flags", ["", "--ema_decay 0.9 --optimizer sgd --clip_grad_norm 1", "--amp fp16 --optimizer muon"]
+)
 def test_a_run_that_is_out_of_memory_goes_on_as_the_small_batch_run(monkeypatch, flags):
     small = run(f"{flags} --batch_size 4 --accumulation_steps 8", "small")
     out_of_memory_at(monkeypatch, 4)
@@ -720,10 +726,61 @@ def test_a_micro_batch_is_remembered_on_resume(monkeypatch):
     assert max(seen[:6]) <= 8 and same(whole[0]["model"], outcome("cut")[0]["model"])
 
 
-def test_not_even_one_sample_fits(monkeypatch, capsys):
+def test_not_even_two_samples_fit(monkeypatch, capsys):
     out_of_memory_at(monkeypatch, 0, calls=range(20, 10**6))
     assert train.main(f"{TINY} --run_name none --epochs 20".split()) == 1
-    assert "not one sample fits" in capsys.readouterr().out
+    assert "out of memory" in (line := capsys.readouterr().out.splitlines()[-1]) and "go on with" in line
+    out_of_memory_at(monkeypatch, 0)
+    assert train.main(f"{TINY} --run_name early".split()) == 1  # in the estimate, before a folder is made
+    assert "smaller --batch_size" in capsys.readouterr().err and not Path("runs/early").exists()
+
+
+def test_validation_keeps_to_the_micro_batch(monkeypatch):
+    seen = out_of_memory_at(monkeypatch, 4)
+    run("--epochs 1")
+    assert max(seen[6:]) <= 8  # after the estimate's two and the attempts at 16 and 8
+
+
+def test_cuda_is_tuned_and_capped(monkeypatch):
+    device, calls = torch.device("cuda", 1), []
+    for name in ("set_device", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 8 * 2**30}))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    for flag in ("deterministic", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, False)
+    assert utils.tune(device) == ["TF32", "cuDNN deterministic", "at most 7.6 GB"]
+    assert utils.tune(device, False, 4) == ["TF32", "cuDNN benchmarked", "at most 4.0 GB"]
+    assert torch.backends.cudnn.benchmark is True and torch.backends.cudnn.deterministic is False
+    assert calls == [(device,), (0.95, device), (device,), (0.5, device)]
+    assert utils.memory_cap(device, 100) == 8 * 2**30 and utils.memory_cap(torch.device("cpu"), 1) == float("inf")
+
+
+def test_the_micro_batch_divides_the_effective_one():
+    assert train.choose_batch(96, 1000, lambda size: size <= 40) == 32
+    assert train.choose_batch(128, 60, lambda size: True) == 32
+    with pytest.raises(ValueError, match="not two samples"):
+        train.choose_batch(101, 60, lambda size: True)
+
+
+def test_moments_take_the_memory_format_of_the_device_that_resumes():
+    """A run saved where the model is contiguous goes on where it is channels_last, as it would have there."""
+    for optimizer in ("adamw", "sgd"):
+        states = []
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+            net.to(memory_format=memory_format)
+            chosen = train.build_optimizer(net, optimizer, 0.1, 0.0, 0.9, torch.device("cpu"))
+            states.append(train.TrainState(net, chosen, torch.amp.GradScaler("cpu", enabled=False)))
+        task = train.Task(loss=lambda y, t: (y - t).square().sum())
+        window = [(torch.randn(4, 3, 3, 3), torch.randn(4, 2), None)]
+        train.train_step(states[0], window, task, lambda x, index: x)
+        states[1].load(copy.deepcopy(states[0].to_checkpoint()))
+        for state in states:
+            train.train_step(state, window, task, lambda x, index: x)
+        for a, b in zip(*(state.model.parameters() for state in states)):
+            assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_memory_runs_out_midway_and_the_step_changes_nothing_twice(monkeypatch):
@@ -802,9 +859,21 @@ def test_whitening_makes_patches_white_and_the_stem_stays(monkeypatch):
 
 
 def test_tta_averages_six_views(capsys):
-    run("--epochs 1")
-    for flags in ([], ["--tta"]):
-        assert train.main(["--evaluate", "runs/run/best.pt", "--output", "r.json", *flags]) == 0
+    run("--epochs 2")
+    found = {}
+    for name, flags in (("plain", []), ("tta", ["--tta"])):
+        assert train.main(["--evaluate", "runs/run/best.pt", "--output", f"{name}.json", *flags]) == 0
+        found[name] = json.loads(Path(f"{name}.json").read_text())
+    net, meta, *_ = train.load_model("runs/run/best.pt", train.parse_flags(["--amp", "False"])[0])
+    source = train.load_images({**train.parse_flags(TINY.split())[0]})
+    inputs = train.data.centre(torch.from_numpy(source.splits["test"].images), 24, meta["mean"], meta["std"])
+    moved = lambda i: torch.nn.functional.pad(inputs, (1, 1, 1, 1), mode="reflect")[:, :, i : i + 24, i : i + 24]
+    with torch.inference_mode():
+        both = lambda x: (net(x) + net(x.flip(3))) / 2
+        logits = both(inputs) / 2 + both(moved(0)) / 4 + both(moved(2)) / 4
+    labels = torch.from_numpy(source.splits["test"].labels)
+    assert found["tta"]["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=0.02)
+    assert found["tta"]["loss"] != found["plain"]["loss"]
     x = torch.randn(2, 3, 24, 24).contiguous(memory_format=torch.channels_last)
     views, weights = zip(*train.data.image_views(x))
     assert len(views) == 6 and sum(weights) == 1 and torch.equal(views[0], x) and torch.equal(views[1], x.flip(3))
