@@ -1174,12 +1174,11 @@ def prepare_run(config, fresh=True):
     channels = (*train.images.shape[3:], 1)[0]  # of images [N, H, W, C]; puzzles are [N, 81]
     task = family.task(config)
     check_monitor(config, task, val is not None)
-    auto = config["batch_size"] == "auto"
-    if auto and config["effective_batch"] is None:
+    if config["batch_size"] == "auto" and config["effective_batch"] is None:
         if config["accumulation_steps"] > 1:
             raise ValueError("--accumulation_steps: --batch_size auto sets it; give --effective_batch in its place")
         config["effective_batch"] = 128
-    if not auto and config["batch_size"] > len(train):
+    if config["batch_size"] != "auto" and config["batch_size"] > len(train):
         raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
     rgb_statistics = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else None
     mean, std = rgb_statistics or (source.mean, source.std)
@@ -1226,7 +1225,7 @@ def prepare_run(config, fresh=True):
     with autocast(device, dtype):
         memory = models.estimate_memory(model, example, moments, state.ema is not None)
     budget = min(utils.free_bytes(device), utils.memory_cap(device, config["memory_gb"])) // 4
-    if auto:
+    if config["batch_size"] == "auto":
         resident = sum(split.images.nbytes for split in (train, val) if split and split.images.nbytes <= budget)
         step = partial(train_step, state, task=task, augment=lambda x, i: augment(x, i, 0), dtype=dtype)
         fits = lambda size: trial(state, step, train, size, device, memory, resident, config["memory_gb"])
@@ -1253,30 +1252,34 @@ def prepare_run(config, fresh=True):
     )  # fmt: skip
     note = compile_forward(state, run, config["compile"]) if config["compile"] != "off" else ""
 
-    def counted(name):
-        return f"{name} {len(source.splits[name]):,}" if name in source.splits else f"no {name}"
-
-    precision = str(dtype).removeprefix("torch.")
-    parameters = sum(p.numel() for p in model.parameters())
-    effective = config["batch_size"] * config["accumulation_steps"]
-    settings += ["channels_last"] * (memory_format is torch.channels_last and channels > 1)
+    settings += ["channels_last"] * (memory_format is torch.channels_last and family is IMAGES)
     settings += [f"fused {config['optimizer']}"] * (config["optimizer"] != "muon")
-    held = sum(memory.values()) + memory["sample"] * (config["batch_size"] - 1)
-    parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in memory.items() if name not in ("once", "sample"))
-    parts += f", activations {memory['sample'] / 2**20:.2f}"
+    precision = f"{str(dtype).removeprefix('torch.')} ({reason})"
+    return state, run, describe(state, run, source, memory, precision, settings, note)
+
+
+def describe(state, run, source, memory, precision, settings, note):
+    """Lines that say what is about to happen."""
+    config, device = run.config, run.device
+    size, steps = config["batch_size"], config["accumulation_steps"]
+    steps_an_epoch = -(-len(data.chunks(torch.arange(len(run.train)), size)) // steps)
+    total = sum(memory.values()) + memory["sample"] * (size - 1)
+    fixed = {name: memory[name] for name in ("weights", "gradients", "optimizer", "ema") if memory[name]}
+    parts = ", ".join(f"{name} {held / 2**20:.1f}" for name, held in fixed.items())
     cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
-    lines = [
+    splits = {name: f"{name} {len(split):,}" for name, split in source.splits.items()}
+    return [
         f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
-        f"{torch.get_num_threads()} threads | precision {precision} ({reason})",
-        f"model      {config['model']}, {parameters:,} parameters{note}",
+        f"{torch.get_num_threads()} threads | precision {precision}",
+        f"model      {config['model']}, {sum(p.numel() for p in state.model.parameters()):,} parameters{note}",
         f"speed      {', '.join(settings)}",
-        f"memory     about {held / 2**20:,.0f} MiB ({parts} a sample) | largest batch for 4, 6, 8 GB: {cards}",
+        f"memory     about {total / 2**20:,.0f} MiB ({parts}, activations {memory['sample'] / 2**20:.2f} a sample) | "
+        f"largest batch for 4, 6, 8 GB: {cards}",
         f"data       {source.description} | "
-        + ", ".join(counted(name) for name in ("train", "val", "test")),
-        f"batch      {config['batch_size']} x {config['accumulation_steps']} accumulation x 1 process = {effective} | "
-        f"{steps_an_epoch:,} steps an epoch, {config['epochs']} epochs, {total_steps:,} steps",
+        + ", ".join(splits.get(name, f"no {name}") for name in ("train", "val", "test")),
+        f"batch      {size} x {steps} accumulation x 1 process = {size * steps} | {steps_an_epoch:,} steps an epoch, "
+        f"{config['epochs']} epochs, {steps_an_epoch * config['epochs']:,} steps",
     ]
-    return state, run, lines
 
 
 def choose_batch(effective, most, fits):
