@@ -1122,13 +1122,14 @@ def uniform(index, seed, epoch, draws):
 
 
 def augment(images, index, seed, epoch, image_size, mean, std, crop_padding=4, flip=True, min_crop_area=0.35, cutout=0):
-    """Normalised float32 [B, C, image_size, image_size] from uint8 [B, H, W, C], each sample its own draw.
+    """Normalised float32 [B, C, image_size, image_size] from square uint8 [B, H, W, C], each sample its own draw.
 
     Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
     3/4 to 4/3; Szegedy et al. 2015); others are padded by reflection and cropped. Half are mirrored,
     the other half in the next epoch (Jordan 2024, arXiv:2404.00498), and a square of `cutout` px set to
     the mean (DeVries & Taylor 2017; 0 is off).
     """
+    assert images.ndim == 4 and images.shape[1] == images.shape[2] >= image_size, (images.shape, image_size)
     u = uniform(index, seed, epoch, 8)
     turned = flip & ((uniform(index, seed, 0, 8)[:, 4] < 0.5) ^ bool(epoch % 2))
     if images.shape[1] > image_size:

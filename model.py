@@ -502,7 +502,7 @@ def activation_bytes(model, inputs):
             outputs = model(inputs)  # noqa: F841 holds the graph, so that no storage's place is taken anew
         return sum(kept.values()), max(stages)
 
-    chosen = model.run_stage
+    chosen = getattr(model, "run_stage", direct)
     try:
         with hold_buffers(model), torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
             total, largest = trace(direct)
@@ -518,6 +518,7 @@ def estimate_memory(model, example, moments=2, ema=False):
     Muon). "once" and "sample" are activations, whatever the batch and for each of its samples.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert len(example) >= 4, len(example)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     few, more = activation_bytes(model, example[:2]), activation_bytes(model, example[:4])
     sample = (more - few) // 2
@@ -537,6 +538,7 @@ def largest_batch(memory, memory_gb):
 
 if __name__ == "__main__":
     Conv2d.tuned_on = ()  # as on a GPU
+    torch.manual_seed(0)
     print("MiB with AdamW and EMA: weights, gradients, optimizer, EMA; activations a sample; the batch that fits in")
     rows = [("custom", 32), ("custom", 128), ("efficientnet_b0", 64), ("efficientnet_b0", 224), ("sudoku_gnn", 0)]
     for name, size in rows:

@@ -252,9 +252,9 @@ def parse_flags(argv):
     flags = vars(flags)
     presets = Path(__file__).with_name("configs.json")
     preset = read_preset(presets, flags["config"], actions) if "config" in flags else {}
-    for one, other in (("effective_batch", "accumulation_steps"), ("accumulation_steps", "effective_batch")):
-        if one in flags:  # either says the samples of a step
-            preset.pop(other, None)
+    if "effective_batch" in flags or flags.get("batch_size") == "auto":  # the preset's samples a step stay, or give way
+        steps, size = preset.pop("accumulation_steps", 1), preset.get("batch_size", "auto")
+        preset |= {"effective_batch": steps * size} if size != "auto" else {}
     given = {**preset, **flags}
     return {**defaults, **given}, given
 
@@ -834,7 +834,8 @@ def fit(state, run, stop=()):
     best = scored()[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
     value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
     log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
-    log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
+    if run.has_test or run.val:
+        log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
     return 0
 
 
@@ -989,7 +990,8 @@ def sweep(state, run):
     for line in utils.text_plot(rates, losses, [found["valley"]]):
         run.log(line)
     run.log("find_lr    " + ", ".join(f"{name} {rate:.2e}" for name, rate in found.items()))
-    run.log(f"find_lr    would take the valley: --lr {found['valley']:.2e}")
+    verb = "takes" if run.config["lr"] == "auto" else "would take"
+    run.log(f"find_lr    {verb} the valley: --lr {found['valley']:.2e}")
     return rates, losses, found
 
 
@@ -1143,6 +1145,7 @@ class Run:
     dtype: torch.dtype
     train: data.Split
     val: data.Split | None
+    has_test: bool
     fetch_train: Callable
     fetch_val: Callable | None
     val_order: torch.Tensor  # all of the validation split
@@ -1174,10 +1177,10 @@ def prepare_run(config, fresh=True):
     channels = (*train.images.shape[3:], 1)[0]  # of images [N, H, W, C]; puzzles are [N, 81]
     task = family.task(config)
     check_monitor(config, task, val is not None)
-    if config["batch_size"] == "auto" and config["effective_batch"] is None:
-        if config["accumulation_steps"] > 1:
-            raise ValueError("--accumulation_steps: --batch_size auto sets it; give --effective_batch in its place")
-        config["effective_batch"] = 128
+    if config["batch_size"] == "auto":
+        config["effective_batch"] = config["effective_batch"] or 128
+    if (config["effective_batch"] or 0) > max(128, len(train)):
+        raise ValueError(f"--effective_batch {config['effective_batch']}: there are {len(train)} samples; give less")
     if config["batch_size"] != "auto" and config["batch_size"] > len(train):
         raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
     rgb_statistics = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else None
@@ -1232,7 +1235,8 @@ def prepare_run(config, fresh=True):
         config["batch_size"] = choose_batch(config["effective_batch"], len(train), fits)
     if config["effective_batch"]:
         if config["effective_batch"] % config["batch_size"]:
-            raise ValueError(f"--effective_batch {config['effective_batch']}: must be a multiple of --batch_size")
+            sizes = "{effective_batch}: must be a multiple of the batch, {batch_size}".format(**config)
+            raise ValueError(f"--effective_batch {sizes}; give --batch_size too, or --batch_size auto")
         config["accumulation_steps"] = config["effective_batch"] // config["batch_size"]
     batches_an_epoch = len(data.chunks(torch.arange(len(train)), config["batch_size"]))
     steps_an_epoch = -(-batches_an_epoch // config["accumulation_steps"])
@@ -1241,7 +1245,8 @@ def prepare_run(config, fresh=True):
         raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
     fetch_train = data.batches(train, config["batch_size"], device, budget, config["workers"])
     run = Run(
-        config=config, task=task, device=device, dtype=dtype, train=train, val=val, fetch_train=fetch_train,
+        config=config, task=task, device=device, dtype=dtype, train=train, val=val,
+        has_test="test" in source.splits, fetch_train=fetch_train,
         fetch_val=data.batches(val, 2 * config["batch_size"], device, budget, config["workers"]) if val else None,
         val_order=torch.arange(len(val or ())),
         val_sample=torch.from_numpy(data.stratified(val.labels, config["val_samples"], config["seed"]))
@@ -1284,10 +1289,12 @@ def describe(state, run, source, memory, precision, settings, note):
 
 def choose_batch(effective, most, fits):
     """The largest micro-batch, `most` to 2, that divides `effective` and for which fits(size); ValueError for none."""
-    for size in range(min(effective, most), 1, -1):
-        if effective % size == 0 and fits(size):
+    sizes = [size for size in range(min(effective, most), 1, -1) if effective % size == 0]
+    for size in sizes:
+        if fits(size):
             return size
-    raise ValueError("--batch_size auto: not two samples fit; give a smaller --image_size or --checkpoint_activations")
+    why = f"not even {sizes[-1]} samples fit in memory" if sizes else f"no batch up to {most} divides it"
+    raise ValueError(f"--batch_size auto, --effective_batch {effective}: {why}; give another --effective_batch")
 
 
 def trial(state, step, split, size, device, memory, resident, memory_gb):
@@ -1429,13 +1436,15 @@ def main(argv=None):
             if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
                 why = "does not go with --" + mode if other[0] in MODES else f"--{mode} takes it from the checkpoint"
                 raise ValueError(f"--{other[0]}: {why}; leave it out")
+        if config["val_samples"] and config["val_every"] == 1:
+            raise ValueError("--val_samples: are scored between validations; give --val_every 2, more, or adaptive")
         for key, mode in (("input", "predict"), ("search", "predict"), ("tta", "evaluate")):
             if config[key] and not config[mode]:
                 raise ValueError(f"--{key}: needs --{mode}")
         if config["compile"] != "off" and config["checkpoint_activations"]:
             raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
-        if config["effective_batch"] and "accumulation_steps" in given and config["resume"] is None:
-            raise ValueError("--accumulation_steps: follows from --effective_batch; leave one out")
+        if (config["effective_batch"] or config["batch_size"] == "auto") and "accumulation_steps" in given:
+            raise ValueError("--accumulation_steps: follows from --effective_batch; give that in its place")
         if config["predict"]:
             return run_predict(config["predict"], config)
         if config["evaluate"]:

@@ -486,12 +486,15 @@ BAD_FLAGS = {
     "--whiten": "--whiten: is for custom",
     "--model sudoku_gnn --whiten": "--whiten: is for custom",
     "--tta": "--tta: needs --evaluate",
-    "--effective_batch 24": "--effective_batch 24: must be a multiple of --batch_size",
-    "--batch_size auto --accumulation_steps 4": "--accumulation_steps: --batch_size auto sets it",
+    "--effective_batch 24": "--effective_batch 24: must be a multiple of the batch, 16",
+    "--effective_batch 9999999999": "--effective_batch 9999999999: there are 3000 samples",
+    "--batch_size auto --effective_batch 61 --max_samples 60": "no batch up to 60 divides it",
+    "--batch_size auto --accumulation_steps 4": "--accumulation_steps: follows from --effective_batch",
+    "--val_samples 20": "--val_samples: are scored between validations",
     "--compile --checkpoint_activations": "--checkpoint_activations: torch.compile does not",
     "--effective_batch 8 --accumulation_steps 2": "--accumulation_steps: follows from --effective_batch",
     "--batch_size few": "must be an integer at least 1 or auto",
-    "--batch_size auto --memory_gb 0.001 --max_samples 60": "--batch_size auto: not two samples fit",
+    "--batch_size auto --memory_gb 0.001 --max_samples 60": "not even 2 samples fit in memory",
     "--val_every 0": "must be an integer at least 1 or adaptive",
     "--memory_gb 0": "must be a number above 0",
     "--compile perhaps": "--compile: invalid choice",
@@ -735,6 +738,13 @@ def test_not_even_two_samples_fit(monkeypatch, capsys):
     assert "smaller --batch_size" in capsys.readouterr().err and not Path("runs/early").exists()
 
 
+def test_a_presets_samples_a_step_are_kept_by_auto():
+    config, given = train.parse_flags("--config custom_4gb --batch_size auto".split())
+    assert config["effective_batch"] == 256 and "accumulation_steps" not in given
+    config, given = train.parse_flags("--config custom_4gb --batch_size 8 --effective_batch 24".split())
+    assert config["effective_batch"] == 24 and "accumulation_steps" not in given
+
+
 def test_validation_keeps_to_the_micro_batch(monkeypatch):
     seen = out_of_memory_at(monkeypatch, 4)
     run("--epochs 1")
@@ -759,7 +769,7 @@ def test_cuda_is_tuned_and_capped(monkeypatch):
 def test_the_micro_batch_divides_the_effective_one():
     assert train.choose_batch(96, 1000, lambda size: size <= 40) == 32
     assert train.choose_batch(128, 60, lambda size: True) == 32
-    with pytest.raises(ValueError, match="not two samples"):
+    with pytest.raises(ValueError, match="no batch up to 60"):
         train.choose_batch(101, 60, lambda size: True)
 
 
