@@ -129,7 +129,8 @@ def fit_job(net, batches, device, ema_decay=0.0, clip=0.0, dtype=torch.float32):
             folder = Path(folder)
             run = train.Run(
                 config=config, task=task, device=device, dtype=dtype, train=range(len(batches) * len(batches[0][0])),
-                val=None, fetch_train=lambda order, start: iter(batches), fetch_val=None, val_order=[], val_sample=[],
+                val=None, has_test=False, fetch_train=lambda order, start: iter(batches), fetch_val=None,
+                val_order=[], val_sample=[],
                 order=lambda epoch: None, augment=lambda x, index, epoch: x, prepare=lambda x: x, meta={},
                 schedule=lambda step, cuts: (1e-3, None), folder=folder, log=utils.logger(folder / "log.txt"),
             )  # fmt: skip

@@ -1,7 +1,9 @@
 """The networks against the paper's counts, torchvision, timm and a stored reference."""
 
 import importlib.util
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,3 +240,18 @@ def test_largest_batch_leaves_its_margin():
     memory = {"weights": 2**20, "gradients": 0, "optimizer": 0, "ema": 0, "once": 0, "sample": 2**20}
     assert model.largest_batch(memory, 4) == int((0.9 * 4 - 0.5) * 1024 / 1.1 - 1 / 1.1)
     assert model.largest_batch(memory, 0.5) == 0
+
+
+PRESETS = json.loads((Path(__file__).resolve().parent.parent / "configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("gb")])
+def test_a_preset_for_a_card_is_within_the_estimate(name, monkeypatch):
+    monkeypatch.setattr(model.Conv2d, "tuned_on", ())  # as on a GPU
+    preset = PRESETS[name]
+    arguments = {"stem_stride": model.stem_stride_for(preset["image_size"])} if preset["model"] == "custom" else {}
+    net = model.build_model(preset["model"], 1000, **arguments)
+    example = torch.zeros(4, 3, preset["image_size"], preset["image_size"])
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = model.estimate_memory(net, example, ema=True)
+    assert preset["batch_size"] <= model.largest_batch(memory, int(name[-3]))
