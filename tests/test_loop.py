@@ -326,3 +326,15 @@ def test_split_keeps_every_sample_in_order_and_none_alone():
     assert [len(images) for images, *_ in parts] == [4, 5, 4, 1]
     assert all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*parts), zip(*window)))
     assert train.split(window, None) is window
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_fused_optimizer_is_the_plain_one(name):
+    fused, plain = make_state(torch.float32, name), make_state(torch.float32, name)
+    for group in plain.optimizer.param_groups:
+        group["fused"] = False
+    for seed in range(5):
+        for state in (fused, plain):
+            step(state, make_window([4, 3], torch.float32, seed))
+    for a, b in zip(fused.model.parameters(), plain.model.parameters()):
+        assert torch.allclose(a, b, atol=1e-5)

@@ -255,3 +255,17 @@ def test_a_preset_for_a_card_is_within_the_estimate(name, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         memory = model.estimate_memory(net, example, ema=True)
     assert preset["batch_size"] <= model.largest_batch(memory, int(name[-3]))
+
+
+def test_the_forms_chosen_for_a_cpu_leave_efficientnets_loss_and_gradients_as_they_are(monkeypatch):
+    x, found = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last), []
+    for tuned_on in (("cpu",), ()):
+        monkeypatch.setattr(model.Conv2d, "tuned_on", tuned_on)
+        torch.manual_seed(0)
+        net = model.build_model("efficientnet_b0", 5, dropout=0.0, drop_path=0.0).to(memory_format=torch.channels_last)
+        torch.nn.init.normal_(net.classifier[1].weight, std=0.05)
+        loss = model.image_loss(net(x), torch.arange(4))
+        loss.backward()
+        found.append((loss, *(p.grad for p in net.parameters())))
+    for tuned, plain in zip(*found):
+        assert (tuned - plain).norm() <= 1e-3 * plain.norm() + 1e-4  # some are zero but for rounding
