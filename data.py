@@ -1210,19 +1210,69 @@ def centre(images, image_size, mean, std):
     return normalise(images[:, top : top + image_size, left : left + image_size], mean, std)
 
 
+def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0.0):
+    """(inputs, soft targets float32 [B, classes]): each of float [B, C, H, W] mixed with another one of its batch.
+
+    Mixup (Zhang et al. 2018) averages the two by a share from Beta(mixup, mixup), CutMix (Yun et al. 2019) lays a box
+    of the partner, cut to the picture, over the sample; the targets of labels int64 [B] get the shares of what is
+    seen. With both above 0 each sample takes one of them at random. Draws are those of the sample, its partner
+    depends on the batch.
+    """
+    batch, _, height, width = inputs.shape
+    u = uniform(index, seed, epoch, 6).to(inputs.device)
+    partner = u[:, 0].argsort()
+    boxed = (u[:, 1] < 0.5) if mixup and cutmix else torch.full_like(u[:, 1], bool(cutmix)).bool()
+    own = torch.where(boxed, beta(u[:, 2], cutmix or 1.0), beta(u[:, 2], mixup or 1.0))  # the share of the sample
+    sides = torch.tensor([height, width], device=u.device)
+    half = (1 - own).sqrt()[:, None] * sides / 2  # [B, (y, x)]
+    low, high = ((u[:, 3:5] * sides + by).round().clamp(min=0).minimum(sides) for by in (-half, half))
+    y, x = (torch.arange(side, device=u.device) for side in (height, width))
+    rows, columns = (y >= low[:, :1]) & (y < high[:, :1]), (x >= low[:, 1:]) & (x < high[:, 1:])
+    outside = 1 - (rows[:, None, :, None] & columns[:, None, None, :]).float()  # [B, 1, H, W]
+    own = torch.where(boxed, 1 - (high - low).prod(1) / (height * width), own)
+    weight = torch.where(boxed[:, None, None, None], outside, own[:, None, None, None])
+    targets = F.one_hot(labels, classes).float()
+    return inputs.index_select(0, partner).lerp(inputs, weight.to(inputs)), targets[partner].lerp(targets, own[:, None])
+
+
+def beta(u, alpha):
+    """Draws from Beta(alpha, alpha) for uniform u float [B], by its quantiles."""
+    place, lower = beta_quantiles(float(alpha))
+    x = torch.from_numpy(np.interp(torch.minimum(u, 1 - u).double().cpu().numpy() * 2, place, lower)).to(u)
+    return torch.where(u < 0.5, x, 1 - x)
+
+
+@functools.lru_cache(8)
+def beta_quantiles(alpha, points=4097):
+    """(shares float64 [points], x): which x below 1/2 holds each share of the lower half of Beta(alpha, alpha).
+
+    In y = x^alpha, for an alpha below 1, the density has no pole, so that the trapezoids' sum is exact to 1e-6.
+    """
+    power = min(alpha, 1.0)
+    x = np.linspace(0, 0.5**power, points) ** (1 / power)
+    density = x ** (alpha - power) * (1 - x) ** (alpha - 1)
+    shares = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return shares / shares[-1], x
+
+
 def image_views(inputs):
-    """(view, weight) pairs of float [B, C, H, W] for test-time augmentation (Jordan 2024, arXiv:2404.00498).
+    """(view, weight, restore) of float [B, C, H, W] for test-time augmentation (Jordan 2024, arXiv:2404.00498).
 
     The image, and with half its weight each the image moved by one px to the lower right and the upper left; all
-    three also from left to right.
+    three also from left to right. `restore` makes outputs those of the image, here by leaving them.
     """
     _, _, height, width = inputs.shape
     padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
     moved = [padded[:, :, i : i + height, i : i + width] for i in (0, 2)]
-    same = inputs.is_contiguous(memory_format=torch.channels_last)
+    last = inputs.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
     for view, weight in ((inputs, 0.25), (moved[0], 0.125), (moved[1], 0.125)):
         for turned in (view, view.flip(3)):
-            yield turned.contiguous(memory_format=torch.channels_last if same else torch.contiguous_format), weight
+            yield turned.contiguous(memory_format=memory_format), weight, same_outputs
+
+
+def same_outputs(outputs):
+    return outputs
 
 
 def sudoku_symmetry(index, seed, epoch):
@@ -1251,6 +1301,18 @@ def restore_sudoku(p, cells, digits):
     cells, digits = cells.to(p.device), digits.to(p.device)
     p = p.gather(2, (digits[:, None, 1:] - 1).expand(-1, 81, -1))
     return p.gather(1, cells.argsort(1)[:, :, None].expand(-1, -1, 9))
+
+
+def sudoku_views(puzzles, count=8):
+    """(view, weight, restore) of integer [B, 81]: the boards, and `count` - 1 symmetries of them, for test-time use.
+
+    `restore` turns logits [S, B, 81, 9] back. A network that is equivariant to rounding gains what rounding costs it.
+    """
+    yield puzzles, 1 / count, same_outputs
+    for view in range(1, count):
+        cells, digits = sudoku_symmetry(torch.full((len(puzzles),), view), 0, 0)
+        restore = lambda logits: restore_sudoku(logits[-1], cells, digits)[None]
+        yield transform_sudoku(puzzles, cells, digits), 1 / count, restore
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -425,9 +425,22 @@ class SudokuGNN(nn.Module):
 # ------------------------------------------------------------------------- objective and building
 
 
-def image_loss(logits, labels, label_smoothing=0.0):
-    """Cross-entropy summed over the batch: float [B, K] and int64 [B] to a float32 scalar."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+def image_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0):
+    """Cross-entropy summed over the batch, of float [B, K] and int64 [B], or shares float [B, K], to a float32 scalar.
+
+    `focal_gamma` weighs each class's share of the target by (1 - p)^gamma (Lin et al. 2017).
+    """
+    if not focal_gamma:
+        return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    log_p, classes = F.log_softmax(logits.float(), -1), logits.shape[-1]
+    shares = labels if labels.is_floating_point() else F.one_hot(labels, classes)
+    shares = (1 - label_smoothing) * shares + label_smoothing / classes
+    return -(shares * focus(log_p, focal_gamma) * log_p).sum()
+
+
+def focus(log_p, gamma):
+    """(1 - p)^gamma, with a finite gradient also at p = 1 and gamma below 1."""
+    return (-torch.expm1(log_p)).clamp(min=1e-6) ** gamma
 
 
 def sudoku_loss(logits, answers, focal_gamma=0.0, constraint_weight=0.0):
@@ -441,8 +454,7 @@ def sudoku_loss(logits, answers, focal_gamma=0.0, constraint_weight=0.0):
     log_p = F.log_softmax(logits.float(), -1)
     target = (answers.long() - 1).clamp(min=0).expand(logits.shape[:-1])
     log_p_true = log_p.gather(-1, target[..., None])[..., 0]  # [S, B, 81]
-    focus = (-torch.expm1(log_p_true)).clamp(min=1e-6) ** focal_gamma if focal_gamma else 1.0  # 0^(gamma - 1) is inf
-    loss = -(focus * log_p_true * blank).sum()
+    loss = -((focus(log_p_true, focal_gamma) if focal_gamma else 1.0) * log_p_true * blank).sum()
     if constraint_weight:
         loss = loss + constraint_weight * expected_violations(log_p.exp()).sum()
     return loss / len(logits)

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 import data
@@ -153,6 +154,8 @@ def build_parser():
     add("--flip", type=boolean, nargs="?", const=True, help="from left to right; else on for colour images only")
     add("--min_crop_area", type=number(float, 0, 1, open_low=True), default=0.35, help="of random resized crops")
     add("--cutout", type=number(int, 0, 2048), default=0, help="px a side of the square set to the mean")
+    add("--mixup", type=at_least_0, default=0.0, metavar="ALPHA", help="averages pairs by Beta(alpha, alpha); 0: off")
+    add("--cutmix", type=at_least_0, default=0.0, metavar="ALPHA", help="boxes of one in another; both: one at random")
     add("--val_every", type=number(int, 1, word="adaptive"), default=1, help="epochs between validations, the last "
         "always; adaptive: 1 up to epoch 10, 2 up to 30, then 3")  # fmt: skip
     add("--val_samples", type=number(int, 0), default=0, help="a stratified sample scored in between; 0: none")
@@ -170,9 +173,9 @@ def build_parser():
     add("--message_steps", type=steps, help="sudoku_gnn: steps in evaluation; else the checkpoint's, 64")
     add("--free_steps", type=number(int, 0, 10_000), default=24, help="sudoku_gnn: steps without gradient, at most")
     add("--grad_steps", type=steps, default=6, help="sudoku_gnn: steps with gradient and loss after them")
-    add("--focal_gamma", type=at_least_0, default=0.0, help="sudoku_gnn: weighs a blank by (1 - p)^gamma")
     add("--constraint_weight", type=at_least_0, default=0.0, help="sudoku_gnn: of the expected violations")
     add("--curriculum", type=boolean, nargs="?", const=True, default=False, help="easy, medium, then hard puzzles")
+    add("--focal_gamma", type=at_least_0, default=0.0, help="weighs the loss of an image or blank by (1 - p)^gamma")
     add("--label_smoothing", type=share, default=0.0, help="share of the target spread over all classes")
 
     add = parser.add_argument_group("training").add_argument
@@ -186,6 +189,10 @@ def build_parser():
     add("--weight_decay", type=at_least_0, default=0.01, help="on matrices and filters alone")
     add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it, muon's too")
     add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
+    add("--swa_start_epoch", type=number(int, 0), default=0, help="the first whose weights are averaged; 0: none")
+    add("--swa_lr", type=rate, help="reached over that epoch and kept; else the schedule goes on")
+    add("--sam_rho", type=at_least_0, default=0.0, help="SAM: how far up the gradient is taken, in a second pass")
+    add("--freeze_epochs", type=number(int, 0), default=0, help="at first, in which the head alone is trained")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
 
     add = parser.add_argument_group("schedule").add_argument
@@ -351,6 +358,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: dict | None = None  # name -> tensor, as the model's state dict
+    swa: AveragedModel | None = None
     step: int = 0  # attempted steps; bad ones count, so that schedules and logs agree
     epoch: int = 0  # whole epochs done
     epoch_step: int = 0  # steps done in the epoch under way
@@ -359,11 +367,14 @@ class TrainState:
     sums: Sums | None = None  # of the epoch under way, in float64
     micro_batch: int | None = None  # samples at once, since memory ran out; None: batches as they come
     seconds: float = 0.0  # training time of the epoch under way
+    gradient_norm: float = 0.0  # before clipping, smoothed over good steps
     history: list = field(default_factory=list)  # a dict an epoch: metrics.csv
     finished: bool = False
     forward: Callable | None = None  # the model, compiled where asked; not saved
 
-    PLAIN = tuple("step epoch epoch_step bad_steps bad_in_a_row micro_batch seconds history finished".split())
+    PLAIN = tuple(
+        "step epoch epoch_step bad_steps bad_in_a_row micro_batch seconds gradient_norm history finished".split()
+    )
 
     def __post_init__(self):  # gathered once: walking the modules costs 0.3 ms for EfficientNet-B0
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -374,6 +385,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "ema": self.ema, "sums": self.sums and list(self.sums),
+            "swa": self.swa and self.swa.state_dict(),
             **{name: getattr(self, name) for name in self.PLAIN},
         }  # fmt: skip
 
@@ -394,6 +406,8 @@ class TrainState:
         if self.ema is not None:
             for name, tensor in saved["ema"].items():
                 self.ema[name].copy_(tensor)
+        if self.swa is not None:
+            self.swa.load_state_dict(saved["swa"])
 
 
 class Together:
@@ -502,6 +516,12 @@ def constant(step, lr, warmup_steps=0, scale=1.0):
     return lr * scale * warmup(step, warmup_steps), None
 
 
+def swa_rate(step, start, anneal_steps, lr_before, swa_lr):
+    """Half a cosine from lr_before at step `start` to swa_lr over anneal_steps, which stays; as torch's SWALR."""
+    share = (1 - math.cos(math.pi * min(1.0, (step - start) / anneal_steps))) / 2
+    return lr_before + (swa_lr - lr_before) * share
+
+
 def plateau_cuts(values, patience, higher_is_better, min_delta=0.0):
     """How often patience ran out over `values` (one a validation); as torch's ReduceLROnPlateau, threshold absolute."""
     best, waited, cuts = -math.inf, 0, 0
@@ -561,24 +581,37 @@ def autocast(device, dtype):
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0, seed=None):
+def keep_both(images, targets, index):
+    return images, targets
+
+
+def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0,
+               seed=None, sam_rho=0.0):  # fmt: skip
     """Mutates `state`: one optimizer update from a window of batches (images, targets, index).
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient of
-    the one big batch (BatchNorm apart, which sees each batch alone). `augment(images, index)` makes the
-    model's input; `seed` is of dropout and its like. A loss or gradient that is not finite changes no
-    weight, buffer, optimizer state or EMA. Where memory runs out, the window is done again in halved
-    batches with the same randomness, and `state.micro_batch` keeps their size. Returns (Sums, gradient
-    norm, whether the step was good).
+    the one big batch (BatchNorm apart, which sees each batch alone). `augment(images, targets, index)`
+    makes the model's inputs and their targets; `seed` is of dropout and its like. `sam_rho` takes the
+    gradient where `sharpness_aware` says. A loss or gradient that is not finite changes no weight,
+    buffer, optimizer state or EMA. Where memory runs out, the window is done again in halved batches
+    with the same randomness, and `state.micro_batch` keeps their size. Returns (Sums, gradient norm,
+    whether the step was good).
     """
-    optimizer, scaler = state.optimizer, state.scaler
     held = [buffer.clone() for buffer in state.buffers]
+    if seed is None and sam_rho:
+        seed = int(torch.randint(2**62, ()))
+
+    def one_pass():
+        if seed is not None:
+            set_seed(seed, state.parameters[0].device)
+        return accumulate(state, split(window, state.micro_batch), task, augment, dtype)
+
     sums = None
     while sums is None:
         try:
-            if seed is not None:
-                set_seed(seed, state.parameters[0].device)
-            sums = accumulate(state, split(window, state.micro_batch), task, augment, dtype)
+            found = one_pass()
+            first_norm = sharpness_aware(state, sam_rho, one_pass) if sam_rho else 0.0
+            sums = found
         except RuntimeError as error:
             largest = max(len(images) for images, *_ in split(window, state.micro_batch))
             if not utils.out_of_memory(error) or largest < 4:  # BatchNorm needs two
@@ -586,22 +619,50 @@ def train_step(state, window, task, augment, dtype=torch.float32, clip_grad_norm
             state.micro_batch = largest // 2
         if sums is None:  # past the except clause, which holds on to the tensors of the pass that failed
             undo(state, held)
-    scaler.unscale_(optimizer)
-    gradients = [p.grad for p in state.parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    good = math.isfinite((norm + sums.loss).item())  # the step's one synchronisation
+    state.scaler.unscale_(state.optimizer)
+    norm = gradient_norm(state)
+    norm_value, rest = torch.stack((norm, sums.loss + first_norm)).tolist()  # the step's one synchronisation
+    good = math.isfinite(norm_value + rest)
     if good:
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(state.parameters, clip_grad_norm, norm)
-        scaler.step(optimizer)
+        state.scaler.step(state.optimizer)
         if state.ema is not None:
             update_ema(state.ema, state.live, ema_decay, state.step - state.bad_steps)
-    scaler.update()
+    state.scaler.update()
     undo(state, [] if good else held)
     state.step += 1
     state.bad_steps += not good
     state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
-    return sums, norm, good
+    return sums, norm_value, good
+
+
+def gradient_norm(state):
+    """Of all gradients together: a scalar tensor."""
+    gradients = [p.grad for p in state.parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def sharpness_aware(state, rho, one_pass):
+    """Mutates the gradients of `state`, those of a whole window, to those at the weights + rho * gradient / norm.
+
+    SAM (Foret et al. 2021). `one_pass()` adds the window's gradients, with the same draws as before. The weights come
+    back bit by bit, also where the ascent is not finite, and buffers stay as the first pass left them. Returns the
+    first gradient's norm; a scale on the gradients, as fp16's, does not matter.
+    """
+    norm = gradient_norm(state)
+    weights = [p for p in state.parameters if p.grad is not None]
+    held = [[tensor.detach().clone() for tensor in tensors] for tensors in (weights, state.buffers)]
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(weights, torch._foreach_mul([p.grad for p in weights], rho / norm.clamp(min=1e-12)))
+        undo(state, [])
+        one_pass()
+    finally:
+        with torch.no_grad():
+            for tensor, old in zip([*weights, *state.buffers], [*held[0], *held[1]]):
+                tensor.copy_(old)
+    return norm
 
 
 def accumulate(state, window, task, augment, dtype):
@@ -611,7 +672,8 @@ def accumulate(state, window, task, augment, dtype):
     items, sums = sum(counts), None
     for (images, targets, index), count in zip(window, counts):
         with autocast(images.device, dtype):
-            outputs = forward(augment(images, index))
+            inputs, targets = augment(images, targets, index)
+            outputs = forward(inputs)
             loss = task.loss(outputs, targets)
         state.scaler.scale(loss).backward(loss.new_ones(()) / items)  # as that of loss / items, two operations less
         found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
@@ -665,11 +727,11 @@ def means(sums, task):
 
 
 @torch.inference_mode()
-def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, views=lambda inputs: [(inputs, 1.0)]):
+def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, views=None):
     """{"loss": …, metric: …} of `model` in eval mode over batches (images, targets, index), each item once.
 
     `weights` (a state dict, such as the EMA) stand in for the model's own, which stay as they are.
-    `views(inputs)` gives (view, weight) pairs, whose outputs are averaged: test-time augmentation.
+    `views` is test-time augmentation, as of `predict`.
     """
     training = model.training
     model.eval()
@@ -677,7 +739,7 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, v
     sums = None
     for images, targets, _ in batches:
         with autocast(images.device, dtype):
-            outputs = sum(at_least_float32(call(view)) * weight for view, weight in views(prepare(images)))
+            outputs = predict(call, prepare(images), views)
             loss = task.loss(outputs, targets)
         found = Sums(loss, task.items(targets), *task.measure(outputs, targets))  # outside autocast: 16 bits miscount
         sums = (no_sums(task, images.device) if sums is None else sums).plus(found)
@@ -685,8 +747,16 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, v
     return means(sums, task)
 
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def predict(model, inputs, views=None):
+    """The outputs of `model` for a batch, at least float32.
+
+    `views(inputs)` gives (view, weight, restore): outputs of the views, each restored to those of the inputs, are
+    averaged (test-time augmentation).
+    """
+    wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
+    if views is None:
+        return wide(model(inputs))
+    return sum(restore(wide(model(view))) * weight for view, weight, restore in views(inputs))
 
 
 def set_rates(optimizer, lr, momentum=None):
@@ -751,8 +821,8 @@ def fit(state, run, stop=()):
             desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=min(count, start * config["batch_size"]),
             unit=task.unit, leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5,
         )  # fmt: skip
-        augment = lambda images, index: run.augment(images, index, epoch)
-        state.model.train()
+        augment = lambda *batch: run.augment(*batch, epoch)
+        freeze(state, epoch < config["freeze_epochs"])
         with contextlib.closing(bar):
             for window in windows(run.fetch_train(order, start), config["accumulation_steps"]):
                 set_rates(state.optimizer, *run.schedule(state.step, cuts))
@@ -760,11 +830,13 @@ def fit(state, run, stop=()):
                 sums, norm, good = train_step(
                     state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"],
                     seed=data.mix(config["seed"], state.step, 0),  # dropout = f(seed, step, rank)
+                    sam_rho=config["sam_rho"],
                 )
                 if state.micro_batch != micro_batch:
                     log(f"step {state.step}: out of memory, so done again; from here on {state.micro_batch} at once")
                 if good:
                     state.sums = state.sums.plus(sums)
+                    state.gradient_norm += (norm - state.gradient_norm) * (0.05 if state.gradient_norm else 1.0)
                 elif state.bad_in_a_row >= MAX_BAD_STEPS:
                     raise FloatingPointError(
                         f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not finite; the last good "
@@ -796,14 +868,24 @@ def fit(state, run, stop=()):
         row = {"epoch": epoch + 1, "step": state.step, **{f"train_{k}": v for k, v in train.items()}}
         whole = validates(state.epoch, config["epochs"], config["val_every"])
         order = run.val_order if whole else run.val_sample
-        for name, weights in (("val", None), ("ema", state.ema)):
-            if run.fetch_val and len(order) and (name == "val" or weights is not None):
+        swa = state.swa if state.swa is not None and state.epoch >= config["swa_start_epoch"] else None
+        if swa is not None:
+            swa.update_parameters(state.model)
+            if whole:
+                set_seed(data.mix(config["seed"], state.step, 1), run.device)
+                with autocast(run.device, run.dtype):
+                    inputs = (run.augment(*batch, epoch)[0] for batch in run.fetch_train(run.order(epoch)))
+                    update_bn(inputs, swa.module)
+        kinds = [("val", state.model, None), ("ema", state.ema and state.model, state.ema)]
+        for name, model, weights in [*kinds, ("swa", whole and swa and swa.module, None)]:
+            if run.fetch_val and len(order) and model:
                 most = state.micro_batch and 2 * state.micro_batch
                 batches = (part for batch in run.fetch_val(order) for part in split([batch], most))
-                found = evaluate(state.model, batches, task, run.prepare, run.dtype, weights)
+                found = evaluate(model, batches, task, run.prepare, run.dtype, weights)
                 row.update({f"{name if whole else name + '_sample'}_{k}": v for k, v in found.items()})
         rate = state.optimizer.param_groups[0]["lr"]  # of the last step
-        row.update(lr=rate, seconds=seconds, samples_per_second=count / seconds, bad_steps=state.bad_steps)
+        row.update(lr=rate, gradient_norm=state.gradient_norm, seconds=seconds, samples_per_second=count / seconds)
+        row.update(bad_steps=state.bad_steps)
         state.history.append(row)
         # a NaN is never a gain: comparisons with it are False; of equal epochs the one with the lower loss is best
         since = epochs_since_best(monitored(tie=1e-9), higher) if loss in row else -1
@@ -815,9 +897,12 @@ def fit(state, run, stop=()):
         state.finished = bool(state.epoch == config["epochs"] or patience_gone)
         try:
             if since == 0:
-                export("best.pt", state.ema if monitor.startswith("ema_") else state.model.state_dict(), row)
+                best = {"ema": state.ema, "swa": swa and swa.module.state_dict()}.get(monitor.split("_")[0])
+                export("best.pt", best or state.model.state_dict(), row)
             if state.ema is not None:
                 export("ema.pt", state.ema, row)
+            if swa is not None and whole:
+                export("swa.pt", swa.module.state_dict(), row)
         except ValueError as error:
             raise FloatingPointError(f"{error}; the last good checkpoint stands; try a lower --lr") from None
         utils.write_metrics(folder / "metrics.csv", state.history)
@@ -839,6 +924,17 @@ def fit(state, run, stop=()):
     return 0
 
 
+def freeze(state, frozen):
+    """Mutates `state`: where `frozen` only the head, the last child of its model, is trained, the rest in eval mode."""
+    head = [state.model, *state.model.children()][-1]
+    state.model.train(not frozen)
+    head.train()
+    for p in state.parameters:
+        p.requires_grad_(not frozen)
+    for p in head.parameters():
+        p.requires_grad_()
+
+
 def validates(epoch, epochs, every):
     """Whether epoch 1 … `epochs` ends in a validation; adaptive: each up to 10, every second up to 30, then third."""
     every = (1 if epoch <= 10 else 2 if epoch <= 30 else 3) if every == "adaptive" else every
@@ -854,7 +950,7 @@ def slow_step(usual, seconds):
 def epoch_line(row, task, epochs, new_best):
     """The log's line of one epoch, in ASCII."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for split in ("train", "val", "ema", "val_sample", "ema_sample"):
+    for split in ("train", "val", "ema", "swa", "val_sample", "ema_sample"):
         numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
         numbers = {name: value for name, value in numbers.items() if not name.startswith("sample_")}
         if numbers:
@@ -982,8 +1078,9 @@ def sweep(state, run):
     def step(state, item):
         epoch, window = item
         bar.update()
-        augment = lambda images, index: run.augment(images, index, epoch)
-        return train_step(state, window, run.task, augment, run.dtype, run.config["clip_grad_norm"])
+        augment = lambda *batch: run.augment(*batch, epoch)
+        return train_step(state, window, run.task, augment, run.dtype, run.config["clip_grad_norm"],
+                          sam_rho=run.config["sam_rho"])  # fmt: skip
 
     with contextlib.closing(bar):
         rates, losses, found = find_lr(state, lambda: next(source), step)
@@ -1007,7 +1104,8 @@ class Family:
     arguments: Callable  # (config, source) -> the model's arguments
     task: Callable  # (config) -> Task
     prepare: Callable  # (meta, memory_format) -> function of a batch -> the model's input
-    augment: Callable  # (config, meta, memory_format) -> function of (batch, index, epoch) -> the model's input
+    augment: Callable  # (config, meta, memory_format) -> function of (batch, targets, index, epoch) -> both to train on
+    views: Callable  # (inputs) -> (view, weight, restore) …, for test-time augmentation
     order: Callable  # (config, split) -> function of the epoch -> the order of its samples
     flags: tuple  # those that only this kind of data knows
     to_score: Callable  # (config, given flags) -> (Data, the name of the split that --evaluate scores, or None)
@@ -1016,9 +1114,9 @@ class Family:
 
 def image_task(config):
     return Task(
-        loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"]),
-        measure=lambda logits, labels: ((logits.argmax(1) == labels).sum(0, keepdim=True), len(labels)),
-        metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "{:.2%}"}, unit="images",
+        loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"], config["focal_gamma"]),
+        measure=utils.image_metrics, metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "{:.2%}"},
+        unit="images",
     )  # fmt: skip
 
 
@@ -1051,10 +1149,13 @@ def check_images(config, source):
 
 def image_augment(config, meta, memory_format):
     settings = [config[name] for name in ("crop_padding", "flip", "min_crop_area", "cutout")]
+    mixing = {name: config[name] for name in ("mixup", "cutmix") if config[name]}
 
-    def augment(images, index, epoch):
+    def augment(images, labels, index, epoch):
         x = data.augment(images, index, config["seed"], epoch, meta["image_size"], meta["mean"], meta["std"], *settings)
-        return x.contiguous(memory_format=memory_format)
+        if mixing:
+            x, labels = data.mix_samples(x, labels, index, config["seed"], epoch, meta["num_classes"], **mixing)
+        return x.contiguous(memory_format=memory_format), labels
 
     return augment
 
@@ -1080,9 +1181,9 @@ def image_arguments(config, source):
 
 IMAGES = Family(
     load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
-    augment=image_augment, order=shuffled, arguments=image_arguments,
+    augment=image_augment, views=data.image_views, order=shuffled, arguments=image_arguments,
     flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained", "widths",
-           "depths", "whiten", "tta"),
+           "depths", "whiten", "mixup", "cutmix", "freeze_epochs"),
     optimizer="adamw",
 )  # fmt: skip
 
@@ -1120,12 +1221,12 @@ PUZZLES = Family(
     load=load_puzzles, to_score=puzzles_to_score,
     check=lambda config, source: None, task=sudoku_task, order=puzzle_order,
     prepare=lambda meta, memory_format: lambda puzzles: puzzles,
-    augment=lambda config, meta, memory_format: lambda puzzles, index, epoch: puzzles,  # the network is equivariant
+    augment=lambda config, meta, memory_format: lambda *batch: batch[:2],  # the network is equivariant
+    views=data.sudoku_views,
     arguments=lambda config, source: {
         **{name: config[name] for name in ("width", "hidden", "free_steps", "grad_steps")},
         "message_steps": config["message_steps"] or 64},
-    flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "focal_gamma", "constraint_weight",
-           "curriculum"),
+    flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "constraint_weight", "curriculum"),
     optimizer="muon",
 )  # fmt: skip
 
@@ -1151,7 +1252,7 @@ class Run:
     val_order: torch.Tensor  # all of the validation split
     val_sample: torch.Tensor  # those scored after epochs in between
     order: Callable  # epoch -> order
-    augment: Callable  # (batch, index, epoch) -> inputs
+    augment: Callable  # (batch, targets, index, epoch) -> inputs, targets
     prepare: Callable  # batch -> inputs, for evaluation
     schedule: Callable  # (step, cuts) -> (lr, momentum)
     meta: dict
@@ -1177,6 +1278,11 @@ def prepare_run(config, fresh=True):
     channels = (*train.images.shape[3:], 1)[0]  # of images [N, H, W, C]; puzzles are [N, 81]
     task = family.task(config)
     check_monitor(config, task, val is not None)
+    for flag in ("swa_start_epoch", "freeze_epochs"):
+        if config[flag] > config["epochs"]:
+            raise ValueError(f"--{flag} {config[flag]}: must be at most --epochs {config['epochs']}")
+    if config["swa_lr"] and not config["swa_start_epoch"]:
+        raise ValueError("--swa_lr: needs --swa_start_epoch")
     if config["batch_size"] == "auto":
         config["effective_batch"] = config["effective_batch"] or 128
     if (config["effective_batch"] or 0) > max(128, len(train)):
@@ -1220,17 +1326,20 @@ def prepare_run(config, fresh=True):
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = TrainState(model, optimizer, scaler, start_ema(model) if config["ema_decay"] else None)
+    state.swa = AveragedModel(model) if config["swa_start_epoch"] else None
 
     augment = family.augment(config, meta, memory_format)
     few = torch.arange(4) % len(train)
-    example = augment(torch.from_numpy(np.array(train.images[few.numpy()])).to(device), few, 0)
+    rows = (torch.from_numpy(np.array(a[few.numpy()])).to(device) for a in (train.images, train.labels))
+    example, _ = augment(*rows, few, 0)
     moments = {"adamw": 2, "sgd": 1, "muon": 1}[config["optimizer"]]
     with autocast(device, dtype):
-        memory = models.estimate_memory(model, example, moments, state.ema is not None)
+        memory = models.estimate_memory(model, example, moments, bool(state.ema) + bool(state.swa))
     budget = min(utils.free_bytes(device), utils.memory_cap(device, config["memory_gb"])) // 4
     if config["batch_size"] == "auto":
         resident = sum(split.images.nbytes for split in (train, val) if split and split.images.nbytes <= budget)
-        step = partial(train_step, state, task=task, augment=lambda x, i: augment(x, i, 0), dtype=dtype)
+        step = partial(train_step, state, task=task, augment=lambda *batch: augment(*batch, 0), dtype=dtype,
+                       sam_rho=config["sam_rho"])  # fmt: skip
         fits = lambda size: trial(state, step, train, size, device, memory, resident, config["memory_gb"])
         config["batch_size"] = choose_batch(config["effective_batch"], len(train), fits)
     if config["effective_batch"]:
@@ -1243,6 +1352,15 @@ def prepare_run(config, fresh=True):
     total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
     if warmup_steps >= total_steps:
         raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
+
+    def schedule(step, cuts):
+        start = (config["swa_start_epoch"] - 1) * steps_an_epoch if config["swa_lr"] else math.inf
+        plain = lambda step: SCHEDULES[config["scheduler"]](config, step, total_steps, warmup_steps, cuts)
+        if step < start:
+            return plain(step)
+        lr, momentum = plain(max(0, start - 1))
+        return swa_rate(step, start, steps_an_epoch, lr, config["swa_lr"]), momentum
+
     fetch_train = data.batches(train, config["batch_size"], device, budget, config["workers"])
     run = Run(
         config=config, task=task, device=device, dtype=dtype, train=train, val=val,
@@ -1253,7 +1371,7 @@ def prepare_run(config, fresh=True):
         if val and config["val_samples"] else torch.arange(0),
         order=family.order(config, train), augment=augment,
         prepare=family.prepare(meta, memory_format), meta=meta,
-        schedule=lambda step, cuts: SCHEDULES[config["scheduler"]](config, step, total_steps, warmup_steps, cuts),
+        schedule=schedule,
     )  # fmt: skip
     note = compile_forward(state, run, config["compile"]) if config["compile"] != "off" else ""
 
@@ -1354,7 +1472,8 @@ def pretrained_weights(config):
 def check_monitor(config, task, has_val):
     """Mutates `config`: the monitor where none is given; ValueError for one that the run will not measure."""
     splits = ["train", *["val"] * has_val, *["ema"] * bool(has_val and config["ema_decay"])]
-    names = [f"{split}_{metric}" for split in splits for metric in ("loss", *task.metrics)]
+    averaged = ["swa"] * bool(has_val and config["swa_start_epoch"])
+    names = [f"{split}_{metric}" for split in splits + averaged for metric in ("loss", *task.metrics)]
     if config["early_stopping"] and not has_val and config["monitor"] is None:
         raise ValueError("--early_stopping: there is no validation data; give --val_fraction above 0")
     if config["monitor"] is None:
@@ -1370,8 +1489,7 @@ def compile_forward(state, run, mode):
     A batch of another size, the ragged last one, goes through the model as it is: compiling anew takes a minute.
     """
     size = run.config["batch_size"]
-    images, _, index = next(iter(run.fetch_train(torch.arange(size))))
-    inputs = run.augment(images, index, 0)
+    inputs, _ = run.augment(*next(iter(run.fetch_train(torch.arange(size)))), 0)
     held = [buffer.clone() for buffer in state.buffers]
     compiled = torch.compile(state.model, mode=mode)
     try:

@@ -57,10 +57,10 @@ def save_checkpoint(path, checkpoint):
     """Write `checkpoint` (nested dicts and lists of tensors and primitives) to `path`, atomically.
 
     A file that stands there becomes `previous.pt` where its name is `last.pt`. Raises ValueError,
-    with nothing written, where a tensor under "model" or "ema" holds a NaN or an infinity.
+    with nothing written, where a tensor under "model", "ema" or "swa" holds a NaN or an infinity.
     """
     path = Path(path)
-    for part in ("model", "ema"):
+    for part in ("model", "ema", "swa"):
         for name, tensor in (checkpoint.get(part) or {}).items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{path}: {part} {name} is not finite; nothing was written")
@@ -244,6 +244,14 @@ def save_curve(path, x, y, marks):
 
 
 # ----------------------------------------------------------------------------------------- metrics
+
+
+def image_metrics(logits, labels):
+    """(sums [1], count) of the accuracy of float [B, K] against int64 [B]; of shares [B, K] the one that was chosen."""
+    chosen = logits.argmax(1)
+    right = labels.gather(1, chosen[:, None])[:, 0] if labels.is_floating_point() else chosen == labels
+    return right.sum(0, keepdim=True), len(labels)
+
 
 SUDOKU_SCORES = ("solve_rate", "violations", "cell_accuracy", "confidence", "entropy")
 SUDOKU_METRICS = tuple(score + level for level in ("", "_easy", "_medium", "_hard") for score in SUDOKU_SCORES)

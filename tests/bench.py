@@ -131,7 +131,7 @@ def fit_job(net, batches, device, ema_decay=0.0, clip=0.0, dtype=torch.float32):
                 config=config, task=task, device=device, dtype=dtype, train=range(len(batches) * len(batches[0][0])),
                 val=None, has_test=False, fetch_train=lambda order, start: iter(batches), fetch_val=None,
                 val_order=[], val_sample=[],
-                order=lambda epoch: None, augment=lambda x, index, epoch: x, prepare=lambda x: x, meta={},
+                order=lambda epoch: None, augment=lambda x, t, index, epoch: (x, t), prepare=lambda x: x, meta={},
                 schedule=lambda step, cuts: (1e-3, None), folder=folder, log=utils.logger(folder / "log.txt"),
             )  # fmt: skip
             train.fit(state, run)
@@ -359,7 +359,7 @@ def train_jobs(device, size, steps, batch=16):
                 if device.type == "cpu":
                     utils.keep_freed_memory()
                 for _ in range(steps):
-                    train.train_step(state, [(x, y, None)], task, lambda x, index: x, dtype)
+                    train.train_step(state, [(x, y, None)], task, dtype=dtype)
                 if device.type == "cpu":
                     utils.keep_freed_memory(False)
 

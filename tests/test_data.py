@@ -550,3 +550,58 @@ def test_a_spawned_worker_gets_the_name_of_a_map_and_not_its_pixels(tmp_path):
     assert len(sent) < train.images.nbytes / 10
     rows = torch.tensor([5, 0, 7]).numpy()
     assert np.array_equal(pickle.loads(sent).images[rows], train.images[rows])
+
+
+# ------------------------------------------------------------------------------------ mixed samples
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 0.5}])
+@pytest.mark.parametrize("size", [(8, 8), (9, 5)])
+def test_mixed_targets_hold_exactly_the_shares_of_what_is_seen(mixing, size):
+    """Sample i is an image of the value i and of the class i: the mean pixel is then the targets' mean class."""
+    count = 64
+    values = torch.arange(count, dtype=torch.float64)
+    inputs = values[:, None, None, None].expand(-1, 3, *size).clone()
+    x, targets = data.mix_samples(inputs, torch.arange(count), torch.arange(count), 5, 2, count, **mixing)
+    assert x.shape == inputs.shape and targets.shape == (count, count)
+    assert (targets.sum(1) - 1).abs().max() < 1e-6 and (targets >= 0).all() and ((targets > 0).sum(1) <= 2).all()
+    assert (x.mean((1, 2, 3)) - targets.double() @ values).abs().max() < 2e-5
+    boxed = x.flatten(1).eq(x.flatten(1).round()).all(1) & ((targets > 0).sum(1) == 2)  # only whole values: CutMix
+    assert boxed.any() == ("cutmix" in mixing) and ((targets > 0).sum(1) == 2).sum() > count // 2
+    assert (~boxed).sum() > 10 or "mixup" not in mixing
+    assert targets[torch.arange(count), torch.arange(count)].unique().numel() > count // 4  # each its own share
+
+
+def test_a_box_that_hangs_over_is_counted_as_it_is_seen():
+    """CutMix boxes: one rectangle, within the picture, whose area is the partner's share."""
+    inputs = torch.arange(200.0)[:, None, None, None].expand(-1, 1, 16, 16).clone()
+    x, targets = data.mix_samples(inputs, torch.arange(200), torch.arange(200), 0, 0, 200, cutmix=1.0)
+    cut_off = 0
+    for i in range(200):
+        inside = x[i, 0] != i
+        rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+        assert inside.sum() == inside.any(1).sum() * inside.any(0).sum()
+        assert targets[i, i].item() == pytest.approx(1 - inside.float().mean().item(), abs=1e-6)
+        cut_off += len(rows) > 0 and (rows[0] == 0 or columns[0] == 0 or rows[-1] == 15 or columns[-1] == 15).item()
+    assert 50 < cut_off < 200
+
+
+def test_mixing_is_a_function_of_seed_epoch_and_batch():
+    inputs, index = torch.rand(12, 3, 8, 8), torch.arange(12) * 7
+    mixed = lambda seed, epoch: data.mix_samples(inputs, index % 5, index, seed, epoch, 5, 0.5, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(mixed(0, 0), mixed(0, 0)))
+    for other in (mixed(1, 0), mixed(0, 1)):
+        assert not torch.equal(mixed(0, 0)[0], other[0])
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 1.0, 2.0, 8.0])
+def test_shares_follow_the_beta_distribution(alpha):
+    u = (torch.arange(20_000) + 0.5) / 20_000
+    x = data.beta(u, alpha).double()
+    assert (x.diff() >= 0).all() and x.mean().item() == pytest.approx(0.5, abs=1e-4)
+    assert x.var(correction=0).item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=2e-3)  # closed form
+    fourth = 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))  # E (x - 1/2)^4
+    assert ((x - 0.5) ** 4).mean().item() == pytest.approx(fourth, rel=3e-3)
+    if alpha in (0.5, 1.0):
+        exact = {0.5: torch.sin(torch.pi / 2 * u) ** 2, 1.0: u}[alpha]
+        assert (x - exact).abs().max() < 1e-5

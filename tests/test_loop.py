@@ -30,7 +30,7 @@ TASK = train.Task(
     measure=lambda y, t: ((y.argmax(1) == t).sum()[None], len(t)),
     metrics=("accuracy",),
 )
-step = partial(train.train_step, task=TASK, augment=lambda images, index: images)
+step = partial(train.train_step, task=TASK, augment=train.keep_both)
 
 
 @pytest.mark.parametrize("sizes", [[4, 4, 2], [1, 7, 3, 5], [5], [1, 1, 1, 9]])
@@ -52,8 +52,8 @@ def test_masked_items_weigh_alike_across_a_ragged_window():
         items=lambda t: (t != 0).sum(),
     )  # fmt: skip
     whole, parts, window = make_state(), make_state(), make_window([3, 6, 2])
-    train.train_step(whole, [tuple(torch.cat(c) for c in zip(*window))], masked, lambda x, i: x)
-    train.train_step(parts, window, masked, lambda x, i: x)
+    train.train_step(whole, [tuple(torch.cat(c) for c in zip(*window))], masked)
+    train.train_step(parts, window, masked)
     for a, b in zip(whole.model.parameters(), parts.model.parameters()):
         assert (a - b).abs().max() < 1e-12
 
@@ -338,3 +338,130 @@ def test_a_fused_optimizer_is_the_plain_one(name):
             step(state, make_window([4, 3], torch.float32, seed))
     for a, b in zip(fused.model.parameters(), plain.model.parameters()):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- sharpness-aware steps
+
+
+def plain_sgd(state):
+    for group in state.optimizer.param_groups:
+        group.update(momentum=0, nesterov=False, weight_decay=0)
+    return state
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_sharpness_aware_step_is_the_one_worked_out_by_hand(clip):
+    """Linear regression in float64: the gradient is 2 X^T (X w - y) / n, taken at w + rho g / |g|."""
+    torch.manual_seed(0)
+    X, y = torch.randn(11, 4, dtype=torch.float64), torch.randn(11, 1, dtype=torch.float64)
+    layer = nn.Linear(4, 1, bias=False).double()
+    w = layer.weight.detach().clone().T
+    gradient = lambda w: 2 * X.T @ (X @ w - y) / 11
+    g = gradient(w)
+    g = gradient(w + 0.3 * g / g.norm())
+    g = g * min(1.0, clip / g.norm()) if clip else g
+    state = plain_sgd(train.TrainState(layer, train.build_optimizer(layer, "sgd", 0.1, 0, 0.9, torch.device("cpu")),
+                                       torch.amp.GradScaler("cpu", enabled=False)))  # fmt: skip
+    task = train.Task(loss=lambda out, t: (out - t).square().sum())
+    window = [(X[i:j], y[i:j], None) for i, j in ((0, 4), (4, 9), (9, 11))]
+    sums, norm, good = train.train_step(state, window, task, clip_grad_norm=clip, sam_rho=0.3)
+    assert good and (layer.weight.detach().T - (w - 0.1 * g)).abs().max() < (1e-6 if clip else 1e-14)  # torch's clip: + 1e-6
+    assert abs(sums.loss / 11 - (X @ w - y).square().mean()) < 1e-12  # the loss that is told is at the weights
+
+
+def test_sharpness_aware_windows_equal_the_one_big_batch():
+    whole, parts, window = make_state(), make_state(), make_window([4, 4, 2])
+    for state, batches in ((whole, [tuple(torch.cat(c) for c in zip(*window))]), (parts, window)):
+        step(state, batches, sam_rho=0.2, clip_grad_norm=0.5)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters()):
+        assert (a - b).abs().max() < 1e-12
+    plain = make_state()
+    step(plain, window, clip_grad_norm=0.5)
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(plain.model.parameters(), parts.model.parameters()))
+
+
+def test_a_scale_of_fp16_leaves_the_sharpness_aware_step_as_it_is():
+    """With the scaler on and float32 arithmetic, powers of two as scale: bitwise the step without it."""
+    plain, scaled = make_state(torch.float32), make_state(torch.float32, fp16=True)
+    for state in (plain, scaled):
+        for seed in range(3):
+            assert step(state, make_window([4, 3], torch.float32, seed), sam_rho=0.1, clip_grad_norm=1.0)[2]
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters()):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_the_second_pass_holds_buffers_and_draws_again():
+    """Buffers move as in a plain step, and dropout masks are those of the first pass."""
+    masks, states = [], []
+    for rho in (0.0, 0.1):
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
+        net[3].register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+        optimizer = train.build_optimizer(net, "sgd", 0.1, 0.0, 0.9, torch.device("cpu"))
+        states.append(train.TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=False)))
+        step(states[-1], make_window([5, 4], torch.float32), sam_rho=rho, seed=7)
+    assert all(torch.equal(a, b) for a, b in zip(*(state.buffers for state in states)))
+    assert len(masks) == 6 and torch.equal(masks[2], masks[4]) and torch.equal(masks[3], masks[5])
+    masks.clear()
+    step(states[1], make_window([5, 4], torch.float32), sam_rho=0.1)  # without a seed too
+    assert torch.equal(masks[0], masks[2]) and torch.equal(masks[1], masks[3]) and not torch.equal(masks[0][:4], masks[1])
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("when", ["first", "second"])
+def test_an_ascent_that_is_not_finite_gives_every_weight_back_bitwise(fp16, when):
+    state = make_state(torch.float32, "adamw", fp16=fp16, ema=True, norm=True)
+    step(state, make_window([4, 3], torch.float32), sam_rho=0.1, ema_decay=0.9)
+    frozen, ema = ({k: v.clone() for k, v in held.items()} for held in (state.model.state_dict(), state.ema))
+    scale, calls = state.scaler.get_scale(), []
+
+    def poisoned(images, targets, index):
+        calls.append(1)
+        bad = len(calls) in ((1, 3) if when == "first" else (3,))
+        return images * (math.inf if bad else 1.0), targets
+
+    _, _, good = step(state, make_window([4, 3], torch.float32), augment=poisoned, sam_rho=0.1, ema_decay=0.9)
+    assert not good and len(calls) == 4 and state.bad_steps == 1
+    assert all(torch.equal(v, frozen[k]) for k, v in state.model.state_dict().items())
+    assert all(torch.equal(ema[k], v) for k, v in state.ema.items())
+    assert state.scaler.get_scale() == (scale / 2 if fp16 else scale)
+
+
+def test_out_of_memory_in_the_second_pass_gives_the_weights_back_and_starts_again():
+    whole, failed, calls = make_state(), make_state(), []
+
+    def short(images, targets, index):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return images, targets
+
+    step(failed, make_window([8]), augment=short, sam_rho=0.1)
+    step(whole, make_window([8]), sam_rho=0.1)
+    assert calls == [8, 8, 4, 4, 4, 4]
+    for a, b in zip(whole.model.parameters(), failed.model.parameters()):
+        assert (a - b).abs().max() < 1e-12
+
+
+# --------------------------------------------------------------------------- freezing and averaging
+
+
+def test_freezing_trains_the_head_alone_and_holds_the_backbones_statistics():
+    state = make_state(torch.float32, "adamw", norm=True)
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    train.freeze(state, True)
+    step(state, make_window([6], torch.float32))
+    after = state.model.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"4.weight", "4.bias"}
+    train.freeze(state, False)
+    step(state, make_window([6], torch.float32))
+    assert all(p.requires_grad for p in state.parameters) and state.model.training
+    assert not any(torch.equal(before[k], v) for k, v in state.model.state_dict().items() if "num" not in k)
+
+
+@pytest.mark.parametrize("anneal", [1, 4, 10])
+def test_the_rate_of_swa_is_torchs(anneal):
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.4)
+    theirs = torch.optim.swa_utils.SWALR(sgd, swa_lr=0.05, anneal_epochs=anneal)
+    for i, (lr, _) in enumerate(rates_of(theirs, sgd, 14)):
+        assert train.swa_rate(7 + i, 7, anneal, 0.4, 0.05) == pytest.approx(lr, rel=1e-9)

@@ -269,3 +269,39 @@ def test_the_forms_chosen_for_a_cpu_leave_efficientnets_loss_and_gradients_as_th
         found.append((loss, *(p.grad for p in net.parameters())))
     for tuned, plain in zip(*found):
         assert (tuned - plain).norm() <= 1e-3 * plain.norm() + 1e-4  # some are zero but for rounding
+
+
+# ---------------------------------------------------------------------------------- the images' objective
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_images_loss_is_the_one_added_up_by_hand(gamma, smoothing, soft):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4), torch.randint(0, 4, (6,))
+    shares = torch.rand(6, 4).softmax(1) if soft else labels
+    expected = 0.0
+    for i in range(6):
+        p = logits[i].double().softmax(0)
+        for k in range(4):
+            y = shares[i, k].item() if soft else float(labels[i] == k)
+            y = (1 - smoothing) * y + smoothing / 4
+            expected -= y * (1 - p[k].item()) ** gamma * math.log(p[k].item())
+    assert model.image_loss(logits, shares, smoothing, gamma).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mixed_targets_cost_the_mixed_losses():
+    torch.manual_seed(1)
+    logits, a, b = torch.randn(5, 3), torch.randint(0, 3, (5,)), torch.randint(0, 3, (5,))
+    own = torch.rand(5)
+    one_hot = torch.nn.functional.one_hot
+    targets = one_hot(a, 3) * own[:, None] + one_hot(b, 3) * (1 - own)[:, None]
+    each = lambda labels: torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert model.image_loss(logits, targets).item() == pytest.approx((own * each(a) + (1 - own) * each(b)).sum().item())
+
+
+def test_focal_loss_of_images_has_finite_gradients_where_the_model_is_certain():
+    logits = torch.tensor([[100.0, 0.0], [0.0, 100.0]], requires_grad=True)
+    model.image_loss(logits, torch.tensor([0, 0]), focal_gamma=0.5).backward()
+    assert logits.grad.isfinite().all() and logits.grad[1].abs().max() > 0.5

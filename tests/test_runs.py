@@ -785,10 +785,10 @@ def test_moments_take_the_memory_format_of_the_device_that_resumes():
             states.append(train.TrainState(net, chosen, torch.amp.GradScaler("cpu", enabled=False)))
         task = train.Task(loss=lambda y, t: (y - t).square().sum())
         window = [(torch.randn(4, 3, 3, 3), torch.randn(4, 2), None)]
-        train.train_step(states[0], window, task, lambda x, index: x)
+        train.train_step(states[0], window, task)
         states[1].load(copy.deepcopy(states[0].to_checkpoint()))
         for state in states:
-            train.train_step(state, window, task, lambda x, index: x)
+            train.train_step(state, window, task)
         for a, b in zip(*(state.model.parameters() for state in states)):
             assert torch.allclose(a, b, atol=1e-6)
 
@@ -885,7 +885,7 @@ def test_tta_averages_six_views(capsys):
     assert found["tta"]["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=0.02)
     assert found["tta"]["loss"] != found["plain"]["loss"]
     x = torch.randn(2, 3, 24, 24).contiguous(memory_format=torch.channels_last)
-    views, weights = zip(*train.data.image_views(x))
+    views, weights, _ = zip(*train.data.image_views(x))
     assert len(views) == 6 and sum(weights) == 1 and torch.equal(views[0], x) and torch.equal(views[1], x.flip(3))
     assert torch.equal(views[2][:, :, 1:, 1:], x[:, :, :-1, :-1])
     assert torch.equal(views[4][:, :, :-1, :-1], x[:, :, 1:, 1:])

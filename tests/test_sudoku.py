@@ -368,6 +368,19 @@ def test_the_network_is_equivariant_so_augmentation_changes_nothing(made):
     assert expected.std() > 0.05 and (found - expected).abs().max() < 1e-5  # the logits leave in float32
 
 
+def test_the_views_of_a_board_are_put_back_and_change_nothing(made):
+    """Averaging an equivariant network over symmetries is the network itself; one that is not is helped."""
+    net, puzzles = network().double().eval(), torch.from_numpy(made["hard"][0][:8])
+    lopsided = lambda boards: net(boards) + torch.arange(81.0)[:, None] / 20  # prefers nothing, but by place
+    with torch.no_grad():
+        plain, averaged = net(puzzles), train.predict(net, puzzles, data.sudoku_views)
+        once, again = (train.predict(lopsided, boards, data.sudoku_views) for boards in (puzzles, puzzles.flip(0)))
+    assert (plain[-1] - averaged[-1]).abs().max() < 1e-4 and plain[-1].std() > 0.1
+    assert torch.allclose(once[-1], again[-1].flip(0))  # a view is the same for every board
+    boards, weights, _ = zip(*data.sudoku_views(puzzles))
+    assert sum(weights) == pytest.approx(1) and len({tuple(b[0].tolist()) for b in boards}) == len(boards) == 8
+
+
 def test_steps_in_training_end_where_evaluation_ends_and_clues_keep_their_digit(made):
     puzzles = torch.from_numpy(made["medium"][0][:4])
     net = network(free_steps=0, grad_steps=6, message_steps=6)
@@ -588,7 +601,7 @@ PREDICT_FAULTS = {
     f"{SMALL} --data=": "no such file or folder",
     f"{SMALL} --data nowhere.csv": "no such file or folder",
     f"{SMALL} --data p.csv --cutout 4": "--cutout: is for custom",
-    "--model custom --focal_gamma 2": "--focal_gamma: is for sudoku_gnn",
+    "--model custom --grad_steps 2": "--grad_steps: is for sudoku_gnn",
     "--predict --input two.sdm --output two.sdm": "is the --input",
     "--predict --input two.sdm --resume": "--resume: does not go with --predict",
     "--search": "--search: needs --predict",
