@@ -11,6 +11,7 @@ file imports torch, numpy, tqdm and the standard library only (image folders nee
 """
 
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -474,6 +475,40 @@ def decode_or_error(path, size):
         return error
 
 
+def find_pictures(*places):
+    """The paths that files, folders (at any depth, by their suffixes) and globs name; ValueError for one of none."""
+    found = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise ValueError(f"--input {place}: no picture there; give a picture, a folder of pictures or a glob")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def decode_pictures(paths, size, channels=3, batch_size=64):
+    """Yields (paths, uint8 [n, size, size, channels], ValueErrors) of centre squares, `batch_size` paths at a time.
+
+    One channel is the luma of the three, as Pillow's. Pictures that cannot be decoded are among the errors alone.
+    """
+    import_pillow()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), batch_size):
+            part = paths[start : start + batch_size]
+            decoded = list(pool.map(lambda path: decode_or_error(path, size), part))
+            good = [(path, image) for path, image in zip(part, decoded) if not isinstance(image, ValueError)]
+            images = np.stack([image for _, image in good]) if good else np.zeros((0, size, size, 3), np.uint8)
+            if channels == 1:
+                luma = images.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
+                images = ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
+            yield [path for path, _ in good], images, [error for error in decoded if isinstance(error, ValueError)]
+
+
 def decode_cached(paths, root, size, cache_dir):
     """Memory map uint8 [len(paths), size, size, 3] of the decoded pictures, made anew when they changed.
 
@@ -492,7 +527,7 @@ def decode_cached(paths, root, size, cache_dir):
                 images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), size, size, 3))
                 try:
                     decoded, broken = pool.map(lambda path: decode_or_error(path, size), paths), []
-                    for i, image in enumerate(tqdm(decoded, "decode", len(paths), unit="img", mininterval=0.5)):
+                    for i, image in enumerate(tqdm(decoded, "decode", len(paths), unit="img", disable=None)):
                         if isinstance(image, ValueError):
                             broken.append(image)
                         else:

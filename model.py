@@ -385,7 +385,7 @@ class SudokuGNN(nn.Module):
             gather = self.groups.to(dtype).expand(9, 81, 81)
             spread = gather[:, :54].mT.contiguous()
             clue = puzzles.long().T[None] - torch.arange(1, 10, device=puzzles.device)[:, None, None]  # [9, 81, B]
-            given = (puzzles > 0).T.expand(9, 81, len(puzzles))
+            given = (puzzles > 0).T.expand(9, -1, -1)  # len() would fix the batch in torch.export
             embedded = F.embedding(torch.where(given, 1 + (clue != 0), 0), w["embedding"])  # [9, 81, B, H]
             x = F.layer_norm(embedded, embedded.shape[-1:])
             free = int(torch.randint(self.free_steps + 1, ())) if self.training else self.message_steps - 1
@@ -404,7 +404,7 @@ class SudokuGNN(nn.Module):
         """One round of messages: states [9, 81, B, H] to the same shape. `w` holds the weights in their dtype."""
         _, _, boards, width = x.shape
         hidden, pooled = w["node_in"].shape[1], w["pool"].shape[1]
-        q = (x @ w["pool"]).clamp(-10, 8.8).exp()  # [9, 81, B, Q]; nine of e^8.8 fit in fp16
+        q = (x @ w["pool"]).clamp(-10.0, 8.8).exp()  # [9, 81, B, Q]; nine of e^8.8 fit in fp16
         groups = (gather @ q.view(9, 81, -1)).log().view(9, 81, boards, pooled)  # log-sum-exp
         segment, line, box = groups.split((54, 18, 9), 1)
         # what a segment makes of itself, its line and its box
@@ -465,6 +465,25 @@ def expected_violations(p):
     missing = torch.log1p(-p.clamp(max=1 - 1e-6)).unflatten(-2, (9, 9))  # [..., 9 rows, 9 columns, 9 digits]
     boxes = missing.unflatten(-2, (3, 3)).unflatten(-4, (3, 3)).sum((-4, -2))  # [..., 3 bands, 3 stacks, 9]
     return sum(part.exp().flatten(-2).sum(-1) for part in (missing.sum(-2), missing.sum(-3), boxes.flatten(-3, -2)))
+
+
+class Deployed(nn.Module):
+    """A model with what stands before and after it: raw bytes in, probabilities float32 out.
+
+    Images uint8 [B, H, W, C] at the size it was trained on give [B, K]; puzzles uint8 [B, 81] give [B, 81, 9].
+    """
+
+    def __init__(self, model, mean, std):
+        super().__init__()
+        self.model = model
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None] * 255)
+
+    def forward(self, inputs):
+        if inputs.ndim == 2:
+            return self.model(inputs)[-1].float().softmax(-1)
+        x = (inputs.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        return self.model(x).float().softmax(-1)
 
 
 MODELS = {"custom": CustomCNN, "efficientnet_b0": EfficientNetB0, "sudoku_gnn": SudokuGNN}

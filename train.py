@@ -5,8 +5,10 @@
     python train.py --config cifar10 --data cifar10/                   # a preset of configs.json
     python train.py --resume                                           # the last run, from its last save
     python train.py --find_lr                                          # a learning-rate range test
-    python train.py --evaluate runs/NAME/best.pt                       # loss and accuracy on the test split
+    python train.py --evaluate runs/NAME/best.pt runs/NAME/ema.pt      # side by side on the test split
+    python train.py --predict runs/NAME/best.pt --input photos/new/    # classes of pictures
     python train.py --predict --input puzzle.sdk                       # solve a Sudoku
+    python train.py --export runs/NAME/best.pt --output model.pt2      # for torch.export's runtimes, or .onnx
 
 A *step* is one optimizer update over a window of up to accumulation_steps batches; schedules, EMA,
 logs and saves count in steps. Order, augmentation and dropout are functions of the seed and of the
@@ -24,7 +26,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 import zlib
@@ -49,17 +50,19 @@ AUTO = ("auto", "batch_size"), ("auto", "lr")  # found when the run began
 MAX_BAD_STEPS = 25  # in a row; fp16 halves its scale 16 times from 65,536 to 1, so 25 is no mere overflow
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNS = Path("runs")
-MODES = tuple("config resume find_lr evaluate predict input search tta output".split())  # no part of a run's config
+MODES = tuple("config resume find_lr evaluate predict export input search tta output".split())  # not in config.json
 READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
     "evaluate": "evaluate tta output data cache_dir batch_size workers device amp channels_last message_steps".split(),
-    "predict": "predict input search output device amp message_steps".split(),
+    "predict": "predict tta input search output batch_size device amp channels_last message_steps".split(),
+    "export": "export output message_steps".split(),
 }
-OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json",), "predict": (".csv", ".sdm", ".sdk")}
+OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json", ".csv"), "predict": (".csv", ".json", ".sdm", ".sdk"),
+           "export": (".pt2", ".onnx")}  # fmt: skip
 WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --predict takes where no checkpoint is named
-SHOWN_BOARDS, MAX_GUESSES = 100, 100_000
-FREE_ON_RESUME = tuple(
-    "device workers save_every tensorboard wandb run_name cache_dir data memory_gb checkpoint_activations".split()
-)
+MOST_SHOWN, MAX_GUESSES = 100, 100_000  # predictions on the terminal; of --search
+TRACK_EVERY = 50  # steps between what --tensorboard and --wandb get within an epoch
+FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "quiet", "run_name", "cache_dir", "data",
+                  "memory_gb", "checkpoint_activations")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- the flags
@@ -226,19 +229,22 @@ def build_parser():
     add("--early_stopping", type=number(int, 0), default=0, metavar="PATIENCE", help="validations without gain; 0: off")
     add("--min_delta", type=at_least_0, default=0.0, help="the least change that is a gain")
     add("--monitor", type=str, help="what best.pt and patience go by; else accuracy or solve_rate of val or ema")
-    add("--tensorboard", type=boolean, nargs="?", const=True, default=False, help="scalars for TensorBoard")
-    add("--wandb", type=boolean, nargs="?", const=True, default=False, help="scalars for Weights & Biases")
+    add("--tensorboard", type=boolean, nargs="?", const=True, default=False, help="scalars and samples for TensorBoard")
+    add("--wandb", type=boolean, nargs="?", const=True, default=False, help="the same for Weights & Biases")
+    add("--quiet", type=boolean, nargs="?", const=True, default=False, help="no bars, for logs in files")
     add("--config", type=str, metavar="NAME", help="a preset of configs.json; flags override it")
 
     add = parser.add_argument_group("other modes").add_argument
     add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
     add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
-    add("--predict", type=str, nargs="?", const=str(WEIGHTS), metavar="CKPT", help="solve the puzzles of --input")
-    add("--tta", type=boolean, nargs="?", const=True, default=False, help="--evaluate: six views of an image, averaged")
-    add("--input", type=str, metavar="FILE", help="puzzles: CSV, .sdk, .ss, .sdm, gzip too")
+    add("--predict", type=str, nargs="?", const=str(WEIGHTS), metavar="CKPT", help="apply it to --input; alone: Sudoku")
+    add("--export", type=str, metavar="CKPT", help="write it to --output, with what stands before and after it")
+    views = "average over six views of an image, eight symmetries of a puzzle"
+    add("--tta", type=boolean, nargs="?", const=True, default=False, help=f"--evaluate, --predict: {views}")
+    add("--input", type=str, nargs="+", metavar="PATH", help="pictures, folders, globs; or a file of puzzles")
     add("--search", type=boolean, nargs="?", const=True, default=False, help="finish what the network does not, proved")
-    add("--output", type=str, metavar="FILE",
-        help="for --find_lr (.csv), --evaluate (.json), --predict (.csv .sdm .sdk)")
+    add("--output", type=str, metavar="FILE", help="of find_lr .csv, evaluate .json .csv, predict the same and .sdm "
+        ".sdk, export .pt2 .onnx")  # fmt: skip
     return parser
 
 
@@ -727,23 +733,36 @@ def means(sums, task):
 
 
 @torch.inference_mode()
+def apply(model, batches, prepare, dtype=torch.float32, weights=None, views=None):
+    """Yields (outputs, targets) of `model` in eval mode for batches (images, targets, index); see `evaluate`."""
+    training = model.training
+    model.eval()
+    call = model if weights is None else lambda inputs: functional_call(model, weights, (inputs,))
+    try:
+        for images, targets, _ in batches:
+            with autocast(images.device, dtype):
+                outputs = predict(call, prepare(images), views)
+            yield outputs, targets
+    finally:
+        model.train(training)
+
+
 def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, views=None):
     """{"loss": …, metric: …} of `model` in eval mode over batches (images, targets, index), each item once.
 
     `weights` (a state dict, such as the EMA) stand in for the model's own, which stay as they are.
     `views` is test-time augmentation, as of `predict`.
     """
-    training = model.training
-    model.eval()
-    call = model if weights is None else lambda inputs: functional_call(model, weights, (inputs,))
+    return total(apply(model, batches, prepare, dtype, weights, views), task)
+
+
+@torch.inference_mode()
+def total(pairs, task):
+    """{"loss": …, metric: …} of (outputs, targets), each item once."""
     sums = None
-    for images, targets, _ in batches:
-        with autocast(images.device, dtype):
-            outputs = predict(call, prepare(images), views)
-            loss = task.loss(outputs, targets)
-        found = Sums(loss, task.items(targets), *task.measure(outputs, targets))  # outside autocast: 16 bits miscount
-        sums = (no_sums(task, images.device) if sums is None else sums).plus(found)
-    model.train(training)
+    for outputs, targets in pairs:
+        found = Sums(task.loss(outputs, targets), task.items(targets), *task.measure(outputs, targets))
+        sums = (no_sums(task, outputs.device) if sums is None else sums).plus(found)
     return means(sums, task)
 
 
@@ -786,7 +805,7 @@ def fit(state, run, stop=()):
     line of the log, best.pt where the monitored metric gained, and last.pt.
     """
     config, task, log, folder = run.config, run.task, run.log, run.folder
-    monitor, higher = config["monitor"], higher_is_better(config["monitor"])
+    monitor, higher = config["monitor"], utils.higher_is_better(config["monitor"])
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
 
     loss = f"{monitor.split('_')[0]}_loss"
@@ -820,6 +839,7 @@ def fit(state, run, stop=()):
         bar = tqdm(
             desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=min(count, start * config["batch_size"]),
             unit=task.unit, leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5,
+            disable=config["quiet"],
         )  # fmt: skip
         augment = lambda *batch: run.augment(*batch, epoch)
         freeze(state, epoch < config["freeze_epochs"])
@@ -844,12 +864,17 @@ def fit(state, run, stop=()):
                     )
                 state.epoch_step += 1
                 bar.update(sum(len(index) for *_, index in window))
+                if track and state.step % TRACK_EVERY == 0:
+                    lr = state.optimizer.param_groups[0]["lr"]
+                    values = {"step_loss": (sums.loss / sums.items).item(), "step_lr": lr, "step_gradient_norm": norm}
+                    for tracker in track:
+                        tracker(state.step, values)
                 now = time.perf_counter()
                 usual, slow = slow_step(usual, now - step_began)
                 if slow and run.device.type != "cpu":
                     log(f"warning: step {state.step} took {now - step_began:.1f} s, others {usual:.2f} s: memory may "
                         "have spilled into the system's; give --memory_gb or a smaller --batch_size")  # fmt: skip
-                if now - shown_at > bar.mininterval:  # reading the sums waits for the device
+                if not bar.disable and now - shown_at > bar.mininterval:  # reading the sums waits for the device
                     shown_at = now
                     bad = {"bad_steps": state.bad_steps} if state.bad_steps else {}
                     found = means(state.sums, task)
@@ -905,10 +930,10 @@ def fit(state, run, stop=()):
                 export("swa.pt", swa.module.state_dict(), row)
         except ValueError as error:
             raise FloatingPointError(f"{error}; the last good checkpoint stands; try a lower --lr") from None
-        utils.write_metrics(folder / "metrics.csv", state.history)
+        utils.write_csv(folder / "metrics.csv", state.history)
         save()
         for tracker in track:
-            tracker(state.step, {k: v for k, v in row.items() if k != "step"})
+            tracker(state.step, {**{k: v for k, v in row.items() if k != "step"}, "samples": run.samples(state, run)})
         log(epoch_line(row, task, config["epochs"], since == 0))
         if patience_gone and state.epoch < config["epochs"]:
             log(f"early stopping: {monitor} has not gained for {config['early_stopping']} epochs")
@@ -919,6 +944,8 @@ def fit(state, run, stop=()):
     best = scored()[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
     value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
     log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
+    if utils.save_history(folder / "curves.png", state.history, task.monitor):
+        log(f"curves     {folder / 'curves.png'}")
     if run.has_test or run.val:
         log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
     return 0
@@ -971,10 +998,6 @@ def metrics_line(numbers, task):
             levels = [f"{k[len(name) + 1 :]} {form.format(v)}" for k, v in numbers.items() if k.startswith(f"{name}_")]
             parts.append(f"{name} {form.format(numbers[name])}" + f" ({', '.join(levels)})" * (len(levels) > 1))
     return ", ".join(parts)
-
-
-def higher_is_better(monitor):
-    return not any(word in monitor for word in ("loss", "violations", "entropy"))
 
 
 @contextlib.contextmanager
@@ -1073,7 +1096,10 @@ def sweep(state, run):
                 yield epoch, window
 
     source = endless()
-    bar = tqdm(total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 5)
+    bar = tqdm(
+        total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 5,
+        disable=run.config["quiet"],
+    )  # fmt: skip
 
     def step(state, item):
         epoch, window = item
@@ -1109,6 +1135,9 @@ class Family:
     order: Callable  # (config, split) -> function of the epoch -> the order of its samples
     flags: tuple  # those that only this kind of data knows
     to_score: Callable  # (config, given flags) -> (Data, the name of the split that --evaluate scores, or None)
+    report: Callable  # ((outputs, targets) of batches, task) -> ({metric: value}, what pictures are drawn from)
+    predict: Callable  # (model, meta, device, dtype, config) -> exit status, after printing and writing
+    samples: Callable  # (state, run) -> a picture or a text for the trackers
     optimizer: str
 
 
@@ -1168,6 +1197,58 @@ def image_centre(meta, memory_format):
     return prepare
 
 
+def image_report(pairs, task):
+    """`utils.classification_report`, and (probabilities float32 [N, K], labels [N]) that pictures are drawn from."""
+    logits, labels = (torch.cat([x.cpu() for x in column]) for column in zip(*pairs))
+    p, labels = logits.float().softmax(1).numpy(), labels.numpy()
+    return utils.classification_report(p, labels), (p, labels)
+
+
+def image_samples(state, run):
+    """uint8 [H, W, 3]: up to 16 training images in rows of four, as the augmentation of the epoch made them."""
+    batch = next(iter(run.fetch_train(run.order(state.epoch - 1)[:16])))
+    x, _ = run.augment(*batch, state.epoch - 1)
+    mean, std = (torch.tensor(run.meta[name], device=x.device)[:, None, None] for name in ("mean", "std"))
+    x = ((x * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
+    x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])]).expand(-1, -1, -1, 3)
+    return torch.cat([torch.cat(list(row), 1) for row in x.split(4)]).numpy()
+
+
+def predict_images(model, meta, device, dtype, config):
+    """Classes of the pictures of --input, printed and written to --output; 1 where some could not be read."""
+    if config["search"]:
+        raise ValueError("--search: is for puzzles; leave it out")
+    paths, classes, rows, broken = data.find_pictures(*config["input"]), meta["classes"], [], []
+    prepare = image_centre(meta, pick_memory_format(config["channels_last"], device))
+    views, size = data.image_views if config["tta"] else None, 2 * config["batch_size"]
+    bar = tqdm(total=len(paths), desc="predict", unit="images", leave=False, disable=len(paths) <= size or None)
+    with contextlib.closing(bar):
+        for part, images, errors in data.decode_pictures(paths, meta["stored_size"], meta["in_channels"], size):
+            batches = [(torch.from_numpy(images).to(device), None, None)] if part else []
+            for logits, _ in apply(model, batches, prepare, dtype, views=views):
+                p, chosen = logits.float().softmax(1).cpu().topk(min(5, len(classes)))
+                for path, values, places in zip(part, p.tolist(), chosen.tolist()):
+                    top = [{"class": classes[k], "probability": value} for k, value in zip(places, values)]
+                    rows.append({"file": str(path), **top[0], "top5": top})
+            broken += [{"file": str(error).split(": ")[0], "error": str(error)} for error in errors]
+            bar.update(len(part) + len(errors))
+    for row in rows[:MOST_SHOWN]:
+        print(f"{row['file']}: " + ", ".join(f"{top['class']} {top['probability']:.1%}" for top in row["top5"]))
+    if len(rows) > MOST_SHOWN:
+        print(f"... and {len(rows) - MOST_SHOWN:,} more" + "; --output FILE holds all" * (not config["output"]))
+    for row in broken:
+        print(f"error: {row['error']}", file=sys.stderr)
+    if config["output"]:
+        if Path(config["output"]).suffix == ".csv":
+            flat = lambda top: {f"{name}{i + 1}": v for i, one in enumerate(top) for name, v in one.items() if i}
+            rows = [{"file": row["file"], **row["top5"][0], **flat(row["top5"])} for row in rows]
+        write = utils.write_json if Path(config["output"]).suffix == ".json" else utils.write_csv
+        write(config["output"], rows + broken)
+    unread = f", {len(broken):,} could not be read" * bool(broken)
+    print(f"{len(rows):,} of {len(paths):,} pictures{unread}", flush=True)
+    return int(bool(broken))
+
+
 def shuffled(config, split):
     return lambda epoch: data.epoch_order(len(split), config["seed"], epoch)
 
@@ -1184,7 +1265,7 @@ IMAGES = Family(
     augment=image_augment, views=data.image_views, order=shuffled, arguments=image_arguments,
     flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained", "widths",
            "depths", "whiten", "mixup", "cutmix", "freeze_epochs"),
-    optimizer="adamw",
+    optimizer="adamw", report=image_report, predict=predict_images, samples=image_samples,
 )  # fmt: skip
 
 
@@ -1217,6 +1298,77 @@ def puzzle_order(config, split):
     return lambda epoch: data.curriculum_order(split.labels[:, 81], config["seed"], epoch, config["epochs"])
 
 
+def predict_puzzles(model, meta, device, dtype, config):
+    """Solve the puzzles of --input with a Sudoku network: boards and verdicts printed, written to --output."""
+    path, output = Path(config["input"][0]), config["output"]
+    if len(config["input"]) > 1 or not path.is_file():
+        raise ValueError(f"--input {' '.join(config['input'])}: is no file; give a file of puzzles")
+    if path.suffix.lower() in data.IMAGE_SUFFIXES:
+        raise ValueError(f"--input {path}: is a picture; name the checkpoint that it is for: --predict CKPT")
+    puzzles, _ = data.read_sudoku(path, with_solutions=False)
+    if output:
+        data.sudoku_text(Path(output).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
+    views = data.sudoku_views if config["tta"] else None
+    answers, solved, alone, led, unled, text = np.zeros_like(puzzles), 0, 0, 0, 0, []
+    bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=len(puzzles) <= 64 or None)
+    with contextlib.closing(bar):
+        for start in range(0, len(puzzles), 2048):  # bounds the memory of millions
+            part = puzzles[start : start + 2048]
+            p = probabilities(model, torch.from_numpy(part), device, dtype, bar, views)
+            boards = p.argmax(2).astype(np.uint8) + 1
+            good = own = data.consistent(boards)  # all cells are filled and clues kept, so that the rules decide
+            verdicts = np.where(own, "solved", "not solved").astype(object)
+            if config["search"]:
+                solutions, number, guesses = data.solve(part, p, max_guesses=MAX_GUESSES)
+                _, _, plain = data.solve(part, max_guesses=MAX_GUESSES)
+                good, led, unled = number == 1, led + guesses.sum(), unled + plain.sum()
+                boards[number > 0] = solutions[number > 0]
+                verdicts = np.where(own, "solved by the network alone", "solved by search").astype(object)
+                verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: several solutions"
+                verdicts[number < 0] = "undecided: too many guesses"
+                boards[number < 1] = part[number < 1]
+                verdicts += [f", {a:,} guesses, {b:,} without the network" for a, b in zip(guesses, plain)]
+            answers[start : start + len(part)] = np.where(good[:, None], boards, 0)
+            solved, alone = solved + good.sum(), alone + (good & own).sum()
+            for i in range(max(0, min(len(part), MOST_SHOWN - start))):
+                text += [f"puzzle {start + i + 1}: {verdicts[i]}", *board_lines(boards[i], part[i]), ""]
+    if output:
+        utils.write_atomic(output, data.sudoku_text(Path(output).suffix, puzzles, answers).encode())
+    if len(puzzles) > MOST_SHOWN:
+        text.append(f"... and {len(puzzles) - MOST_SHOWN:,} more; --output FILE holds what was solved of all\n")
+    steps = meta["arguments"]["message_steps"]
+    text.append(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in {steps} steps")
+    if config["search"]:
+        text.append(f"guesses: {led:,} led by the network, {unled:,} without it")
+    print("\n".join(text), flush=True)
+    return 0
+
+
+def probabilities(model, puzzles, device, dtype, bar=None, views=None):
+    """float32 [N, 81, 9] over the digits of puzzles uint8 [N, 81], as a numpy array."""
+    parts, batches = [], ((part.to(device), None, None) for part in puzzles.split(64))
+    for logits, _ in apply(model, batches, lambda boards: boards, dtype, views=views):
+        parts.append(logits[-1].float().softmax(-1).cpu())
+        if bar is not None:
+            bar.update(len(parts[-1]))
+    return torch.cat(parts).numpy()
+
+
+def puzzle_samples(state, run):
+    """The first validation puzzle, or else the first of training, as the network fills it in, as text."""
+    puzzles = torch.from_numpy(np.array((run.val or run.train).images[:1]))
+    digits = probabilities(state.model, puzzles, run.device, run.dtype).argmax(2) + 1
+    return "\n".join(board_lines(digits[0], puzzles[0].tolist()))
+
+
+def board_lines(board, puzzle):
+    """A board uint8 [81] as text: found digits bare, the puzzle's own in brackets, a dot for none."""
+    cells = [f"[{digit}]" if clue else f" {digit or '.'} " for digit, clue in zip(board, puzzle)]
+    rows = ["|".join("".join(cells[9 * r + c : 9 * r + c + 3]) for c in (0, 3, 6)).rstrip() for r in range(9)]
+    rule = "+".join(["-" * 9] * 3)
+    return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
+
+
 PUZZLES = Family(
     load=load_puzzles, to_score=puzzles_to_score,
     check=lambda config, source: None, task=sudoku_task, order=puzzle_order,
@@ -1227,7 +1379,8 @@ PUZZLES = Family(
         **{name: config[name] for name in ("width", "hidden", "free_steps", "grad_steps")},
         "message_steps": config["message_steps"] or 64},
     flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "constraint_weight", "curriculum"),
-    optimizer="muon",
+    optimizer="muon", report=lambda pairs, task: (total(pairs, task), None), predict=predict_puzzles,
+    samples=puzzle_samples,
 )  # fmt: skip
 
 FAMILIES = {"custom": IMAGES, "efficientnet_b0": IMAGES, "sudoku_gnn": PUZZLES}
@@ -1254,6 +1407,7 @@ class Run:
     order: Callable  # epoch -> order
     augment: Callable  # (batch, targets, index, epoch) -> inputs, targets
     prepare: Callable  # batch -> inputs, for evaluation
+    samples: Callable  # (state, run) -> a picture or a text for the trackers
     schedule: Callable  # (step, cuts) -> (lr, momentum)
     meta: dict
     folder: Path | None = None
@@ -1294,7 +1448,7 @@ def prepare_run(config, fresh=True):
     meta = {
         "model": config["model"], "num_classes": len(source.classes), "in_channels": channels,
         "arguments": family.arguments(config, source), "classes": source.classes, "image_size": source.image_size,
-        "mean": list(mean), "std": list(std),
+        "mean": list(mean), "std": list(std), "stored_size": train.images.shape[1],
         "fingerprint": [*source.mean, *source.std, len(train), len(val or ()), zlib.crc32(train.labels.data)],
         "source": {
             "data": config["data"] and str(Path(config["data"]).expanduser().resolve()),
@@ -1370,7 +1524,7 @@ def prepare_run(config, fresh=True):
         val_sample=torch.from_numpy(data.stratified(val.labels, config["val_samples"], config["seed"]))
         if val and config["val_samples"] else torch.arange(0),
         order=family.order(config, train), augment=augment,
-        prepare=family.prepare(meta, memory_format), meta=meta,
+        prepare=family.prepare(meta, memory_format), samples=family.samples, meta=meta,
         schedule=schedule,
     )  # fmt: skip
     note = compile_forward(state, run, config["compile"]) if config["compile"] != "off" else ""
@@ -1556,20 +1710,17 @@ def main(argv=None):
                 raise ValueError(f"--{other[0]}: {why}; leave it out")
         if config["val_samples"] and config["val_every"] == 1:
             raise ValueError("--val_samples: are scored between validations; give --val_every 2, more, or adaptive")
-        for key, mode in (("input", "predict"), ("search", "predict"), ("tta", "evaluate")):
-            if config[key] and not config[mode]:
-                raise ValueError(f"--{key}: needs --{mode}")
+        for key, modes in (("input", ["predict"]), ("search", ["predict"]), ("tta", ["evaluate", "predict"])):
+            if config[key] and not any(config[mode] for mode in modes):
+                raise ValueError(f"--{key}: needs --{' or --'.join(modes)}")
         if config["compile"] != "off" and config["checkpoint_activations"]:
             raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
         if (config["effective_batch"] or config["batch_size"] == "auto") and "accumulation_steps" in given:
             raise ValueError("--accumulation_steps: follows from --effective_batch; give that in its place")
-        if config["predict"]:
-            return run_predict(config["predict"], config)
-        if config["evaluate"]:
-            results = [run_evaluate(path, config, given) for path in config["evaluate"]]
-            if config["output"]:
-                utils.write_json(config["output"], results[0] if len(results) == 1 else results)
-            return 0
+        for mode, call in (("predict", run_predict), ("evaluate", partial(run_evaluate, given=given)),
+                           ("export", run_export)):  # fmt: skip
+            if config[mode]:
+                return call(config)
         for name, family in FAMILIES.items():
             other = [key for key in given if key in family.flags and key not in FAMILIES[config["model"]].flags]
             if other and config["resume"] is None:
@@ -1638,13 +1789,13 @@ def check_output(config):
         return
     mode = next((mode for mode in OUTPUTS if config[mode]), None)
     if mode is None:
-        raise ValueError("--output: only --find_lr, --evaluate and --predict write one; add one of them")
+        raise ValueError(f"--output: only --{', --'.join(OUTPUTS)} write one; add one of them")
     path = Path(config["output"])
     if path.suffix not in OUTPUTS[mode] or path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output {path}: must be a {' or '.join(OUTPUTS[mode])} file in a folder that exists")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"--output {path}: its folder cannot be written to; choose another")
-    if config["input"] and path.exists() and path.samefile(config["input"]):
+    if path.exists() and any(Path(file).exists() and path.samefile(file) for file in config["input"] or ()):
         raise ValueError(f"--output {path}: is the --input; choose another name")
 
 
@@ -1687,8 +1838,36 @@ def load_model(path, config):
     return model.eval(), meta, device, dtype
 
 
-def run_evaluate(path, config, given):
-    """{"checkpoint", "split", "samples", "loss", metrics…} of one checkpoint, on test or on val where none is."""
+def run_evaluate(config, given):
+    """Score each checkpoint of --evaluate, then print them, side by side too, and write --output and pictures."""
+    found = [score(path, config, given) for path in config["evaluate"]]
+    results = [result for result, *_ in found]
+    for result, task, _ in found:
+        head = f"{result['checkpoint']} on {result['samples']:,} {result['split']} {task.unit}"
+        print(f"{head}: {metrics_line(result, task)}")
+        if len(found) == 1:
+            print("\n".join("  " + line for line in utils.report_lines(result, task.unit)))
+    scalars = [{k: v for k, v in result.items() if not isinstance(v, list | np.ndarray)} for result in results]
+    best = max(range(len(found)), key=lambda i: results[i].get(found[i][1].monitor, -math.inf))
+    if len(found) > 1:
+        print("\n".join(["", *utils.side_by_side(scalars)]))
+        print(f"best {found[best][1].monitor}: {results[best]['checkpoint']}")
+    if config["output"]:
+        path = Path(config["output"])
+        if path.suffix == ".csv":
+            utils.write_csv(path, scalars)
+        else:
+            utils.write_json(path, results[0] if len(results) == 1 else results)
+        pictures = utils.draw_report(path, results[best], found[best][2])
+        print(f"written    {', '.join(map(str, [path, *pictures]))}")
+    return 0
+
+
+def score(path, config, given):
+    """({"checkpoint", "split", "samples", metrics…}, its Task, what pictures are drawn from) of one checkpoint.
+
+    On test, or on val where there is none.
+    """
     model, meta, device, dtype = load_model(path, config)
     family = FAMILIES[meta["model"]]
     stored = {**meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
@@ -1703,87 +1882,73 @@ def run_evaluate(path, config, given):
         raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
     batch_size = 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
     batches = data.batches(split, batch_size, device, utils.free_bytes(device) // 4, config["workers"])
-    prepare = family.prepare(meta, pick_memory_format(config["channels_last"], device))
-    task, views = family.task(config), {"views": data.image_views} if config["tta"] else {}
-    if config["tta"] and family is not IMAGES:
-        raise ValueError(f"--tta: is for images, {path} is a {meta['model']}; leave it out")
+    task, views = family.task(config), family.views if config["tta"] else None
+    run = partial(apply, model, prepare=family.prepare(meta, pick_memory_format(config["channels_last"], device)),
+                  dtype=dtype, views=views)  # fmt: skip
     one = next(iter(batches(torch.arange(1))))
-    score = lambda batches: evaluate(model, batches, task, prepare, dtype, **views)
-    latency = statistics.median(timed(lambda: score([one])) for _ in range(7))
-    began = time.perf_counter()
-    result = score(batches(torch.arange(len(split))))
-    speed = len(split) / (time.perf_counter() - began)
-    name = "all" if name == "train" else name  # a puzzle file is scored whole
-    print(f"{path} on {len(split):,} {name} {task.unit}: {metrics_line(result, task)}")
-    print(f"  {latency * 1e3:.1f} ms for one, {speed:,.0f} {task.unit}/s in batches of {batch_size}")
-    speeds = {"latency_ms": latency * 1e3, "samples_per_second": speed}
-    return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speeds}
-
-
-def run_predict(path, config):
-    """Solve the puzzles of --input with a Sudoku checkpoint: boards and verdicts printed, written to --output."""
-    if not config["input"]:
-        raise ValueError("--predict: needs --input FILE, a file of puzzles")
-    if not Path(config["input"]).is_file():
-        raise ValueError(f"--input {config['input']}: is no file; give a file of puzzles")
-    puzzles, _ = data.read_sudoku(config["input"], with_solutions=False)
-    if config["output"]:
-        data.sudoku_text(Path(config["output"]).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
-    model, meta, device, dtype = load_model(path, config)
-    if meta["model"] != "sudoku_gnn":
-        raise ValueError(f"{path}: a {meta['model']}; --predict takes a sudoku_gnn checkpoint")
-    answers, solved, alone, led, unled, text = np.zeros_like(puzzles), 0, 0, 0, 0, []
-    bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=len(puzzles) <= 64)
+    once = lambda: [outputs.flatten()[0].item() for outputs, _ in run([one])]  # .item() waits for the device
+    for _ in range(3):
+        once()
+    latency = np.array([timed(once) for _ in range(30)]) * 1e3
+    bar = tqdm(total=len(split), desc=Path(path).name, unit=task.unit, leave=False, disable=None)
     with contextlib.closing(bar):
-        for start in range(0, len(puzzles), 2048):  # bounds the memory of millions
-            part = puzzles[start : start + 2048]
-            p = probabilities(model, torch.from_numpy(part), device, dtype, bar)
-            boards = p.argmax(2).astype(np.uint8) + 1
-            good = own = data.consistent(boards)  # all cells are filled and clues kept, so that the rules decide
-            verdicts = np.where(own, "solved", "not solved").astype(object)
-            if config["search"]:
-                solutions, number, guesses = data.solve(part, p, max_guesses=MAX_GUESSES)
-                _, _, plain = data.solve(part, max_guesses=MAX_GUESSES)
-                good, led, unled = number == 1, led + guesses.sum(), unled + plain.sum()
-                boards[number > 0] = solutions[number > 0]
-                verdicts = np.where(own, "solved by the network alone", "solved by search").astype(object)
-                verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: several solutions"
-                verdicts[number < 0] = "undecided: too many guesses"
-                boards[number < 1] = part[number < 1]
-                verdicts += [f", {a:,} guesses, {b:,} without the network" for a, b in zip(guesses, plain)]
-            answers[start : start + len(part)] = np.where(good[:, None], boards, 0)
-            solved, alone = solved + good.sum(), alone + (good & own).sum()
-            for i in range(max(0, min(len(part), SHOWN_BOARDS - start))):
-                text += [f"puzzle {start + i + 1}: {verdicts[i]}", *board_lines(boards[i], part[i]), ""]
-    if config["output"]:
-        utils.write_atomic(config["output"], data.sudoku_text(Path(config["output"]).suffix, puzzles, answers).encode())
-    if len(puzzles) > SHOWN_BOARDS:
-        text.append(f"... and {len(puzzles) - SHOWN_BOARDS:,} more; --output FILE holds what was solved of all\n")
-    steps = meta["arguments"]["message_steps"]
-    text.append(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in {steps} steps")
-    if config["search"]:
-        text.append(f"guesses: {led:,} led by the network, {unled:,} without it")
-    print("\n".join(text), flush=True)
+        began = time.perf_counter()
+        result, drawn = family.report(watched(run(batches(torch.arange(len(split)))), bar), task)
+        seconds = time.perf_counter() - began
+    if drawn is not None:
+        drawn = (*drawn, split.images, meta)
+        for row, label in zip(result["per_class"], meta["classes"]):
+            row["class"] = label
+    name = "all" if name == "train" else name  # a puzzle file is scored whole
+    speed = {"latency_ms": np.median(latency), "latency_p95_ms": np.percentile(latency, 95),
+             "samples_per_second": len(split) / seconds, "batch_size": batch_size}  # fmt: skip
+    return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speed}, task, drawn
+
+
+def watched(pairs, bar):
+    for outputs, targets in pairs:
+        bar.update(len(targets))
+        yield outputs, targets
+
+
+def run_predict(config):
+    """Apply the checkpoint of --predict to --input; exit status."""
+    if not config["input"]:
+        raise ValueError("--predict: needs --input PATH, of pictures or a file of puzzles")
+    model, meta, device, dtype = load_model(config["predict"], config)
+    puzzles, suffix = meta["model"] == "sudoku_gnn", Path(config["output"] or "").suffix
+    if suffix == ".json" and puzzles or suffix in (".sdm", ".sdk") and not puzzles:
+        kinds = ".csv, .sdm or .sdk" if puzzles else ".csv or .json"
+        raise ValueError(f"--output {config['output']}: {meta['model']} writes {kinds}; choose another name")
+    return FAMILIES[meta["model"]].predict(model, meta, device, dtype, config)
+
+
+def run_export(config):
+    """Write the checkpoint of --export to --output by torch.export, with raw bytes in and probabilities out.
+
+    The batch is dynamic. What was written is compared with the model first, read back, at two batch sizes.
+    """
+    if not config["output"]:
+        raise ValueError("--export: needs --output FILE.pt2 or FILE.onnx")
+    output = Path(config["output"])
+    if output.suffix == ".onnx" and (missing := utils.missing("onnx", "onnxscript")):
+        raise ValueError(f"--output {output}: needs the packages {missing}: pip install {missing}")
+    models.Conv2d.tuned_on = ()  # convolutions as they are, whatever runs them
+    model, meta, *_ = load_model(config["export"], {**config, "device": "cpu", "channels_last": False})
+    deployed = models.Deployed(model, meta["mean"], meta["std"]).eval()
+    size, channels = meta["image_size"], meta["in_channels"]
+    shape, top = ((81,), 10) if meta["model"] == "sudoku_gnn" else ((size, size, channels), 256)
+    example = lambda count: torch.from_numpy(np.random.default_rng(count).integers(0, top, (count, *shape), np.uint8))
+    facts = {name: meta[name] for name in ("model", "classes", "image_size", "mean", "std")}
+    content, call = utils.exported(deployed, example(2), output.suffix, facts)
+    for count in (1, 3):
+        with torch.inference_mode():
+            expected = deployed(example(count))
+        if not torch.allclose(call(example(count)), expected, atol=1e-4):
+            raise ValueError(f"--export: the exported model differs from {config['export']}; nothing was written")
+    utils.write_atomic(output, content)
+    print(f"{output}: {len(content) / 2**20:.1f} MiB, uint8 {['batch', *shape]} to probabilities, equal to the model's")
     return 0
-
-
-@torch.inference_mode()
-def probabilities(model, puzzles, device, dtype, bar):
-    """float32 [N, 81, 9] over the digits of puzzles uint8 [N, 81], as a numpy array."""
-    parts = []
-    for part in puzzles.split(64):
-        with autocast(device, dtype):
-            parts.append(model(part.to(device))[-1].float().softmax(-1).cpu())
-        bar.update(len(part))
-    return torch.cat(parts).numpy()
-
-
-def board_lines(board, puzzle):
-    """A board uint8 [81] as text: found digits bare, the puzzle's own in brackets, a dot for none."""
-    cells = [f"[{digit}]" if clue else f" {digit or '.'} " for digit, clue in zip(board, puzzle)]
-    rows = ["|".join("".join(cells[9 * r + c : 9 * r + c + 3]) for c in (0, 3, 6)).rstrip() for r in range(9)]
-    rule = "+".join(["-" * 9] * 3)
-    return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
 
 
 def timed(call):
@@ -1793,6 +1958,8 @@ def timed(call):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that the code page of a terminal lacks
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # outside the loop, which saves: while reading data, say

@@ -6,6 +6,7 @@ Any piece here works alone: this file imports torch, numpy, tqdm and the standar
 
 import csv
 import ctypes
+import functools
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -159,8 +161,8 @@ def logger(path=None, past=()):
     return log
 
 
-def write_metrics(path, rows):
-    """Write metrics.csv whole from `rows` (dicts, one an epoch): a resumed run leaves no row twice."""
+def write_csv(path, rows):
+    """Write dicts to `path` whole, with a column for each key of any of them: a resumed run leaves no row twice."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -170,27 +172,60 @@ def write_metrics(path, rows):
 
 
 def write_json(path, value):
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write `value`, which may hold numpy's numbers and arrays, to `path`."""
+    write_atomic(path, (json.dumps(value, indent=2, default=lambda array: array.tolist()) + "\n").encode())
+
+
+def missing(*packages):
+    """The names of those that are not installed, with spaces between."""
+    return " ".join(package for package in packages if importlib.util.find_spec(package) is None)
 
 
 def trackers_available(tensorboard=False, wandb=False):
     """ValueError, before anything is written, where a tracker that is asked for is not installed."""
     for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
-        if wanted and importlib.util.find_spec(package) is None:
+        if wanted and missing(package):
             raise ValueError(f"--{package} needs the package {package}: pip install {package}")
 
 
+def read_metrics(path):
+    """The rows of a metrics.csv as dicts of numbers, without what was not measured; ValueError for another file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        if not rows or not all({"epoch", "lr", "train_loss"} <= row.keys() for row in rows):
+            raise ValueError("it needs rows with epoch, lr and train_loss")
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path}: no metrics.csv of a run ({one_line(error)})") from None
+    return rows
+
+
+def curves(path, png=None):
+    """Draws the metrics.csv at `path` to `png`, or to curves.png beside it: its path, or None without matplotlib."""
+    rows, png = read_metrics(path), png or Path(path).with_name("curves.png")
+    metric = next((name for name in ("accuracy", "solve_rate") if f"train_{name}" in rows[0]), "loss")
+    return png if save_history(png, rows, metric) else None
+
+
 def trackers(folder, config, tensorboard=False, wandb=False):
-    """A list of functions track(step, {name: number}), one a tracker asked for."""
+    """A list of functions track(step, {name: value}), one a tracker asked for.
+
+    A value is a number, a text of several lines, or a picture uint8 [H, W, 3].
+    """
     tracks = []
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder))
 
-        def to_tensorboard(step, numbers):
-            for name, number in numbers.items():
-                writer.add_scalar(name, number, step)
+        def to_tensorboard(step, values):
+            for name, value in values.items():
+                if isinstance(value, str):
+                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # as code, in its columns
+                elif isinstance(value, np.ndarray):
+                    writer.add_image(name, value, step, dataformats="HWC")
+                else:
+                    writer.add_scalar(name, value, step)
             writer.flush()
 
         tracks.append(to_tensorboard)
@@ -202,7 +237,9 @@ def trackers(folder, config, tensorboard=False, wandb=False):
             run = client.init(dir=str(folder), name=name, id=name, resume="allow", config=config)
         except client.Error as error:
             raise OSError(f"--wandb: {one_line(error)}; log in, or set WANDB_MODE=offline") from None
-        tracks.append(lambda step, numbers: run.log(numbers, step=step))
+        kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
+        plain = lambda value: kinds.get(type(value), lambda number: number)(value)
+        tracks.append(lambda step, values: run.log({name: plain(value) for name, value in values.items()}, step=step))
     return tracks
 
 
@@ -222,28 +259,194 @@ def text_plot(x, y, marks=(), width=64, height=12):
     return [*lines, f"{'':10}{10 ** x[0]:<{width - 8}.1e}{10 ** x[-1]:>8.1e}"]
 
 
-def save_curve(path, x, y, marks):
-    """PNG of y against x on a log axis with labelled vertical `marks`; False where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+# ---------------------------------------------------------------------------------------- pictures
+# Each draws with matplotlib, without a window, and gives back False where that is not installed.
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+
+def drawn(draw):
+    """A function (path, …) that writes the PNG that draw(figure, …) drew on a matplotlib Figure."""
+
+    @functools.wraps(draw)
+    def write(path, *arguments, **options):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return False
+        figure, png = Figure(layout="constrained"), io.BytesIO()
+        draw(figure, *arguments, **options)
+        figure.savefig(png, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
+        write_atomic(path, png.getvalue())
+        return True
+
+    return write
+
+
+@drawn
+def save_curve(figure, x, y, marks):
+    """y against x on a log axis with labelled vertical `marks`."""
+    figure.set_size_inches(7, 4)
+    axes = figure.subplots()
     axes.semilogx(x, y, color="black", linewidth=1.5)
     for i, (name, value) in enumerate(marks.items()):
         axes.axvline(value, color=f"C{i}", linestyle="--", label=f"{name}: {value:.1e}")
     axes.set(xlabel="learning rate", ylabel="smoothed loss", title="Learning-rate range test")
     axes.set_ylim(min(y) - 0.05 * (y[0] - min(y)) - 1e-3, min(max(y), 1.5 * y[0]) + 1e-3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
+
+
+@drawn
+def save_history(figure, rows, metric):
+    """Learning curves of `rows` (dicts, one an epoch): the loss, the `metric`, and the learning rate, by split."""
+    figure.set_size_inches(12, 3.6)
+    epochs = [row["epoch"] for row in rows]
+    for axes, name in zip(figure.subplots(1, 3), ("loss", metric, "lr")):
+        for color, split in zip(("C7", "C0", "C1", "C2"), ("train", "val", "ema", "swa")):
+            points = [(e, row[key]) for e, row in zip(epochs, rows) if (key := f"{split}_{name}") in row]
+            if points:
+                axes.plot(*zip(*points), color=color, label=split, marker="." * (len(points) < 40))
+        if name == "lr":
+            axes.plot(epochs, [row["lr"] for row in rows], color="black", marker="." * (len(rows) < 40))
+        else:
+            axes.legend()
+        axes.set(xlabel="epoch", title={"lr": "learning rate"}.get(name, name.replace("_", " ")))
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+@drawn
+def save_confusion(figure, matrix, classes):
+    """Counts [true][predicted], each row coloured by its shares, with names and numbers where they fit."""
+    matrix, count = np.asarray(matrix), len(classes)
+    side = min(20.0, 3.2 + 0.42 * count)
+    figure.set_size_inches(side + 0.8, side)
+    axes = figure.subplots()
+    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the true class")
+    if count <= 40:
+        names = [name if len(name) <= 20 else name[:18] + "..." for name in classes]
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), names)
+    if count <= 25:
+        for i, j in zip(*matrix.nonzero()):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=color, fontsize=7)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(matrix):,} of {matrix.sum():,} right")
+
+
+@drawn
+def save_reliability(figure, p, labels, bins=15):
+    """Accuracy against confidence in `bins` equal bins, above the share of samples in each (p [N, K], labels [N])."""
+    figure.set_size_inches(5, 6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    error, confidence, accuracy, share = calibration(p, labels, bins)
+    width, filled = 1 / bins, share > 0
+    middle = (np.arange(bins) + 0.5) / bins
+    top.bar(middle[filled], accuracy[filled], width, color="C0", edgecolor="white", label="accuracy")
+    top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfectly calibrated")
+    top.plot(confidence[filled], accuracy[filled], "o", color="C3", markersize=4, label="at its mean confidence")
+    top.set(ylabel="accuracy", ylim=(0, 1), title=f"expected calibration error {error:.3f}")
+    top.legend(loc="upper left")
+    bottom.bar(middle, share, width, color="C7", edgecolor="white")
+    bottom.set(xlabel="confidence", ylabel="share of samples", xlim=(0, 1))
+
+
+@drawn
+def save_contact_sheet(figure, images, titles, heading):
+    """Up to 24 uint8 pictures [H, W, C] in rows of six, each under its title."""
+    rows = -(-len(images) // 6)
+    figure.set_size_inches(12, 2.5 * max(1, rows) + 0.5)
+    figure.suptitle(heading)
+    for axes in figure.subplots(max(1, rows), 6, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, title in zip(figure.axes, images, titles):
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=8)
+
+
+# ----------------------------------------------------------------------------- what an evaluation says
+
+
+def report_lines(result, unit):
+    """What stands below a checkpoint's first line: the other metrics, speed, and a table of up to 20 classes."""
+    lines = []
+    if "per_class" in result:
+        of = lambda kind, name: f"{name} {result[f'{kind}_{name.lower()}']:.3f}"
+        triple = lambda kind: f"{kind} " + ", ".join(of(kind, name) for name in ("precision", "recall", "F1"))
+        lines = [
+            f"top-5 {result['top5_accuracy']:.2%} | {triple('macro')} | {triple('weighted')}",
+            f"mean average precision {result['mean_average_precision']:.3f} | calibration "
+            f"error {result['calibration_error']:.3f}, confidence {result['confidence']:.3f}, "
+            f"entropy {result['entropy']:.3f}",
+        ]
+    lines.append(
+        f"{result['latency_ms']:.1f} ms for one (p95 {result['latency_p95_ms']:.1f}), "
+        f"{result['samples_per_second']:,.0f} {unit}/s in batches of {result['batch_size']}"
+    )
+    rows = result.get("per_class", ())
+    if 0 < len(rows) <= 20:
+        width = max(5, *(len(row["class"]) for row in rows))
+        lines.append(f"{'class':{width}}  precision  recall     F1     AP  {unit}")
+        lines += [f"{row['class']:{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}  "
+                  f"{row['average_precision']:5.3f}  {row['samples']:,}" for row in rows]  # fmt: skip
+    return lines
+
+
+def side_by_side(results):
+    """Lines of a table: a metric a row, a checkpoint a column, the best of each row marked with a star."""
+    plain, unmarked = ("checkpoint", "split", "samples", "batch_size"), ("confidence", "entropy")
+    names = [Path(result["checkpoint"]) for result in results]
+    short = [p.name if len({n.name for n in names}) == len(names) else str(Path(*p.parts[-2:])) for p in names]
+    widths = [max(11, len(name) + 1) for name in short]
+    lines = [f"{'':24}" + "".join(f"{name:>{width}}" for name, width in zip(short, widths))]
+    for metric in dict.fromkeys(name for result in results for name in result if name not in plain):
+        values = [result.get(metric, math.nan) for result in results]
+        best = (max if higher_is_better(metric) else min)((v for v in values if v == v), default=None)
+        best = None if metric.startswith(unmarked) else best
+        cells = (f"{'*' if value == best else ''}{value:.4f}" if value == value else "-" for value in values)
+        lines.append(f"{metric:24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+    return lines
+
+
+def draw_report(output, result, drawn):
+    """Paths of the PNGs drawn beside `output` for a checkpoint's result: none without matplotlib.
+
+    Learning curves where a metrics.csv lies beside the checkpoint. `drawn` is None, or (probabilities [N, K],
+    labels [N], images uint8 [N, H, W, C], metadata): confusion matrix, reliability and the most confident mistakes.
+    """
+    made, beside = [], lambda name: output.with_name(f"{output.stem}-{name}.png")
+    metrics = Path(result["checkpoint"]).with_name("metrics.csv")
+    if metrics.is_file():
+        png = curves(metrics, beside("curves"))
+        made += [png] if png else []
+    if drawn is None:
+        return made
+    p, labels, images, meta = drawn
+    chosen, rows = p.argmax(1), np.arange(len(p))
+    wrong = rows[chosen != labels]
+    wrong = wrong[np.argsort(-p[wrong, chosen[wrong]], kind="stable")[:24]]
+    size, side = meta["image_size"], images.shape[1]
+    centre = slice((side - size) // 2, (side - size) // 2 + size)
+    images = np.array(images[wrong])[:, centre, centre]
+    name = lambda k: meta["classes"][k][:16]
+    titles = [f"{name(labels[i])}, taken for\n{name(chosen[i])} {p[i, chosen[i]]:.0%}" for i in wrong]
+    heading = f"the most confident of {(chosen != labels).sum():,} mistakes in {len(p):,}"
+    for kind, call in (
+        ("confusion", lambda path: save_confusion(path, result["confusion_matrix"], meta["classes"])),
+        ("reliability", lambda path: save_reliability(path, p, labels)),
+        ("mistakes", lambda path: save_contact_sheet(path, images, titles, heading)),
+    ):
+        if call(beside(kind)):
+            made.append(beside(kind))
+    return made
 
 
 # ----------------------------------------------------------------------------------------- metrics
+
+
+def higher_is_better(monitor):
+    """Whether a metric of that name is better the higher it is."""
+    return not any(word in monitor for word in ("loss", "violations", "entropy", "error", "latency"))
 
 
 def image_metrics(logits, labels):
@@ -251,6 +454,59 @@ def image_metrics(logits, labels):
     chosen = logits.argmax(1)
     right = labels.gather(1, chosen[:, None])[:, 0] if labels.is_floating_point() else chosen == labels
     return right.sum(0, keepdim=True), len(labels)
+
+
+
+def classification_report(p, labels):
+    """A dict of what is known of a classifier: probabilities float [N, K] against labels int [N], both numpy, N > 0.
+
+    Means over classes are over all K (`macro_…`), or weighed by their samples (`weighted_…`); what has no samples
+    to divide by counts as 0, as in scikit-learn. `mean_average_precision` is one against the rest, over the classes
+    that occur; `calibration_error` as in `calibration`; `entropy` in nats. `per_class` is a list of dicts and
+    `confusion_matrix` rows of counts [true][predicted].
+    """
+    count, classes = p.shape
+    order = (-p).argsort(1, kind="stable")[:, :5]
+    matrix = np.bincount(labels * classes + order[:, 0], minlength=classes**2).reshape(classes, classes)
+    right, support, chosen = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    share = lambda a, b: np.divide(a, b, out=np.zeros(classes), where=b > 0)
+    scores = {
+        "precision": share(right, chosen), "recall": share(right, support), "f1": share(2 * right, support + chosen),
+        "average_precision": np.array([average_precision(p[:, k], labels == k) for k in range(classes)]),
+    }  # fmt: skip
+    means = {f"macro_{name}": scores[name].mean() for name in ("precision", "recall", "f1")}
+    means |= {f"weighted_{name}": scores[name] @ support / count for name in ("precision", "recall", "f1")}
+    true = p[np.arange(count), labels].astype(float)
+    return {
+        "loss": -np.log(true.clip(np.finfo(np.float32).tiny)).mean(), "accuracy": right.sum() / count,
+        "top5_accuracy": (order == labels[:, None]).any(1).mean(), **means,
+        "mean_average_precision": scores["average_precision"][support > 0].mean(),
+        "calibration_error": calibration(p, labels)[0], "confidence": p.max(1).mean(),
+        "entropy": -(p * np.log(p.clip(np.finfo(np.float32).tiny))).sum(1).mean(),
+        "per_class": [{**{name: values[k] for name, values in scores.items()}, "samples": support[k]}
+                      for k in range(classes)],
+        "confusion_matrix": matrix,
+    }  # fmt: skip
+
+
+def average_precision(scores, positive):
+    """Mean precision over the positives, at the thresholds that `scores` [N] set; ties count together. 0 for none."""
+    order = (-scores).argsort(kind="stable")
+    hits, distinct = positive[order].cumsum(), np.append(np.diff(scores[order]) != 0, True)
+    hits, place = hits[distinct], np.flatnonzero(distinct) + 1
+    return float((np.diff(hits, prepend=0) * hits / place).sum() / max(1, positive.sum()))
+
+
+def calibration(p, labels, bins=15):
+    """(expected calibration error, mean confidence, accuracy and share [bins]) over equal bins of the confidence.
+
+    The error is the mean distance of accuracy and confidence, bins weighed by their share (Guo et al. 2017).
+    """
+    confidence, right = p.max(1).astype(float), p.argmax(1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    share, sure, good = (np.bincount(place, x, bins) / len(p) for x in (np.ones(len(p)), confidence, right))
+    divide = lambda a: np.divide(a, share, out=np.zeros(bins), where=share > 0)
+    return float(np.abs(good - sure).sum()), divide(sure), divide(good), share
 
 
 SUDOKU_SCORES = ("solve_rate", "violations", "cell_accuracy", "confidence", "entropy")
@@ -281,6 +537,36 @@ def sudoku_metrics(logits, labels):
     chosen = torch.stack([torch.ones_like(level), *(level == i for i in range(3))]).long()  # [4, B]: all, easy …
     # [4, 5] each, as products and sums: a matrix product would round under autocast
     return tuple((chosen[:, None] * x).sum(2).flatten() for x in (scores, counts))
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def exported(model, example, suffix, facts):
+    """(the bytes of a `.pt2` or `.onnx` file, a function of a batch that runs what they say) of model(example).
+
+    The first dimension is dynamic; `facts`, a JSON object, goes along as `facts.json` or as metadata. ValueError, in
+    one line, where the exporter cannot follow the model.
+    """
+    buffer, shapes = io.BytesIO(), ({0: torch.export.Dim("batch", min=1)},)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about itself
+            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+            if suffix == ".pt2":
+                torch.export.save(program, buffer, extra_files={"facts.json": json.dumps(facts)})
+                loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+                return buffer.getvalue(), lambda batch: loaded(batch).detach()
+            import onnx
+            import onnx.reference
+
+            proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+    except (RuntimeError, ImportError, torch.onnx.errors.OnnxExporterError) as error:
+        raise ValueError(f"--export: the exporter failed ({one_line(error.__cause__ or error)})") from None
+    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in facts.items()})
+    session = onnx.reference.ReferenceEvaluator(proto)
+    run = lambda batch: torch.from_numpy(session.run(None, {session.input_names[0]: batch.numpy()})[0])
+    return proto.SerializeToString(), run
 
 
 # ------------------------------------------------------------------------ device and memory probes
@@ -385,3 +671,15 @@ def free_bytes(device):
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 * 2**30
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print("usage: python utils.py runs/NAME/metrics.csv ...   draws curves.png beside each")
+        sys.exit(2)
+    for file in sys.argv[1:]:
+        try:
+            print(curves(file) or "error: curves need the package matplotlib: pip install matplotlib")
+        except (ValueError, OSError) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)

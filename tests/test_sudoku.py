@@ -589,11 +589,11 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(puzzle_fil
 
 
 PREDICT_FAULTS = {
-    "--predict": "--predict: needs --input FILE",
+    "--predict": "--predict: needs --input PATH",
     "--predict --input none.sdk": "is no file",
     "--predict --input bad.sdk": "bad.sdk: line 1: a row is nine cells",
     "--predict --input two.sdm --output a.sdk": "an .sdk file holds one board",
-    "--predict --input two.sdm --output a.txt": "must be a .csv or .sdm or .sdk file",
+    "--predict --input two.sdm --output a.txt": "must be a .csv or .json or .sdm or .sdk file",
     "--predict none.pt --input two.sdm": "no such checkpoint",
     "--predict --input two.sdm --epochs 3": "--epochs: --predict takes it from the checkpoint",
     f"{SMALL} --data two.sdm": "has no solutions",
