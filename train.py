@@ -893,17 +893,14 @@ def fit(state, run, stop=()):
         row = {"epoch": epoch + 1, "step": state.step, **{f"train_{k}": v for k, v in train.items()}}
         whole = validates(state.epoch, config["epochs"], config["val_every"])
         order = run.val_order if whole else run.val_sample
-        swa = state.swa if state.swa is not None and state.epoch >= config["swa_start_epoch"] else None
-        if swa is not None:
-            swa.update_parameters(state.model)
-            if whole:
-                set_seed(data.mix(config["seed"], state.step, 1), run.device)
-                with autocast(run.device, run.dtype):
-                    inputs = (run.augment(*batch, epoch)[0] for batch in run.fetch_train(run.order(epoch)))
-                    update_bn(inputs, swa.module)
-        kinds = [("val", state.model, None), ("ema", state.ema and state.model, state.ema)]
-        for name, model, weights in [*kinds, ("swa", whole and swa and swa.module, None)]:
-            if run.fetch_val and len(order) and model:
+        averaged = None  # with its statistics, where there is a mean of weights to score
+        if state.swa is not None and state.epoch >= config["swa_start_epoch"]:
+            state.swa.update_parameters(state.model)
+            averaged = recompute_statistics(state, run, epoch) if whole else None
+        scored_models = {"val": (state.model, None), "ema": (state.model, state.ema), "swa": (averaged, None)}
+        for name, (model, weights) in scored_models.items():
+            there = model is not None if name != "ema" else weights is not None
+            if run.fetch_val and len(order) and there:
                 most = state.micro_batch and 2 * state.micro_batch
                 batches = (part for batch in run.fetch_val(order) for part in split([batch], most))
                 found = evaluate(model, batches, task, run.prepare, run.dtype, weights)
@@ -922,12 +919,12 @@ def fit(state, run, stop=()):
         state.finished = bool(state.epoch == config["epochs"] or patience_gone)
         try:
             if since == 0:
-                best = {"ema": state.ema, "swa": swa and swa.module.state_dict()}.get(monitor.split("_")[0])
-                export("best.pt", best or state.model.state_dict(), row)
+                model, weights = scored_models.get(monitor.split("_")[0], (state.model, None))
+                export("best.pt", weights or model.state_dict(), row)
             if state.ema is not None:
                 export("ema.pt", state.ema, row)
-            if swa is not None and whole:
-                export("swa.pt", swa.module.state_dict(), row)
+            if averaged is not None:
+                export("swa.pt", averaged.state_dict(), row)
         except ValueError as error:
             raise FloatingPointError(f"{error}; the last good checkpoint stands; try a lower --lr") from None
         utils.write_csv(folder / "metrics.csv", state.history)
@@ -949,6 +946,15 @@ def fit(state, run, stop=()):
     if run.has_test or run.val:
         log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
     return 0
+
+
+def recompute_statistics(state, run, epoch):
+    """Mutates `state.swa`: BatchNorm statistics of the mean weights, over the epoch's augmented data; its model."""
+    set_seed(data.mix(run.config["seed"], state.step, 1), run.device)  # dropout above a BatchNorm
+    inputs = (run.augment(*batch, epoch)[0] for batch in run.fetch_train(run.order(epoch)))
+    with autocast(run.device, run.dtype):
+        update_bn(inputs, state.swa.module)
+    return state.swa.module
 
 
 def freeze(state, frozen):
@@ -1220,7 +1226,9 @@ def predict_images(model, meta, device, dtype, config):
         raise ValueError("--search: is for puzzles; leave it out")
     paths, classes, rows, broken = data.find_pictures(*config["input"]), meta["classes"], [], []
     prepare = image_centre(meta, pick_memory_format(config["channels_last"], device))
-    views, size = data.image_views if config["tta"] else None, 2 * config["batch_size"]
+    views, size = data.image_views if config["tta"] else None, scoring_batch(config)
+    if meta["in_channels"] not in (1, 3):
+        raise ValueError(f"--predict: pictures have 1 or 3 channels, the checkpoint {meta['in_channels']}")
     bar = tqdm(total=len(paths), desc="predict", unit="images", leave=False, disable=len(paths) <= size or None)
     with contextlib.closing(bar):
         for part, images, errors in data.decode_pictures(paths, meta["stored_size"], meta["in_channels"], size):
@@ -1824,7 +1832,7 @@ def load_model(path, config):
     found = utils.load_checkpoint(path)
     if "meta" not in found or "model" not in found:
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
-    meta, device = found["meta"], utils.pick_device(config["device"])
+    meta, device = {"stored_size": found["meta"]["image_size"], **found["meta"]}, utils.pick_device(config["device"])
     if config["message_steps"]:
         if "message_steps" not in meta["arguments"]:
             raise ValueError(f"--message_steps: {path} is a {meta['model']}, which has none; leave it out")
@@ -1880,7 +1888,7 @@ def score(path, config, given):
     split = source.splits[name]
     if len(split.images.shape) == 4 and split.images.shape[-1] != meta["in_channels"]:
         raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
-    batch_size = 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
+    batch_size = scoring_batch(config)
     batches = data.batches(split, batch_size, device, utils.free_bytes(device) // 4, config["workers"])
     task, views = family.task(config), family.views if config["tta"] else None
     run = partial(apply, model, prepare=family.prepare(meta, pick_memory_format(config["channels_last"], device)),
@@ -1905,7 +1913,13 @@ def score(path, config, given):
     return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speed}, task, drawn
 
 
+def scoring_batch(config):
+    """Samples at once where nothing is kept for a backward pass."""
+    return 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
+
+
 def watched(pairs, bar):
+    """The pairs, counted by the bar."""
     for outputs, targets in pairs:
         bar.update(len(targets))
         yield outputs, targets

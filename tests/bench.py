@@ -1,4 +1,4 @@
-"""Side-by-side measurements, run by hand: python tests/bench.py [loop|data|train|start|memory|choices|sudoku|all].
+"""Side-by-side measurements, run by hand: python tests/bench.py PART ..., one of PARTS below, or all.
 
 One process, interleaved rounds, medians of at least five with the spread (the range over the median), ratios to
 the peer. Peers come from tests/requirements-bench.txt; the ones that are not installed are named and left out.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -459,6 +460,32 @@ def choices_part(device):
     model.Conv2d.tuned_on = ("cpu",)
 
 
+def methods_part(device):
+    """What each method costs: a step of a lean custom network on 32 px images, with its augmentation."""
+    images = torch.randint(0, 256, (128, 32, 32, 3), dtype=torch.uint8, device=device)
+    window = [(images, torch.randint(0, 10, (128,), device=device), torch.arange(128))]
+    meta = {"image_size": 32, "num_classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3}
+    dtype, _ = utils.pick_precision("auto", device)
+
+    def job(*words):
+        config, _ = train.parse_flags(["--model", "custom", "--flip", *words])
+        torch.manual_seed(0)
+        net = model.build_model("custom", 10, widths=(24, 32, 64, 128), depths=(1, 1, 1))
+        net.to(device, memory_format=torch.channels_last)
+        optimizer = train.build_optimizer(net, "muon", 0.02, 0.01, 0.9, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        ema = train.start_ema(net) if config["ema_decay"] else None
+        state, task = train.TrainState(net, optimizer, scaler, ema), train.image_task(config)
+        augment = partial(train.image_augment(config, meta, torch.channels_last), epoch=0)
+        options = {"ema_decay": config["ema_decay"], "sam_rho": config["sam_rho"], "seed": 0}
+        return lambda: train.train_step(state, window, task, augment, dtype, **options)
+
+    flags = ["--label_smoothing 0.2", "--focal_gamma 2", "--mixup 0.2", "--cutmix 1", "--mixup 0.2 --cutmix 1",
+             "--ema_decay 0.99", "--sam_rho 0.1"]  # fmt: skip
+    jobs = {"plain": job(), **{words: job(*words.split()) for words in flags}}
+    table("methods: custom, 32 px, batch 128, images", rounds(jobs, 9), dict.fromkeys(jobs, 128), ["plain"])
+
+
 # ------------------------------------------------------------------------------------------- Sudoku
 
 
@@ -506,7 +533,7 @@ def sudoku(device):
 
 
 PARTS = {"loop": loop, "data": data_part, "train": train_part, "start": start_part, "memory": memory_part,
-         "choices": choices_part, "sudoku": sudoku}  # fmt: skip
+         "methods": methods_part, "choices": choices_part, "sudoku": sudoku}  # fmt: skip
 
 if __name__ == "__main__":
     names = sys.argv[1:] or ["all"]
