@@ -424,7 +424,7 @@ def open_image(path):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
             image = Image.open(path, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
+        raise ValueError(f"{path}: is over {MAX_IMAGE_PIXELS:,} pixels ({one_line(error)}); make it smaller") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a whole picture in {', '.join(IMAGE_FORMATS)}; convert or remove it") from None
     except Exception as error:  # on damaged files Pillow raises nearly anything: SyntaxError, struct.error, TypeError
@@ -480,11 +480,10 @@ def find_pictures(*places):
     found = []
     for place in places:
         path = Path(place).expanduser()
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file()]
+        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        within = lambda folder: (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = [file for path in named for file in (within(path) if path.is_dir() else [path])]
+        files = [file for file in files if file.is_file() and not file.name.startswith(".")]
         if not files:
             raise ValueError(f"--input {place}: no picture there; give a picture, a folder of pictures or a glob")
         found += files
@@ -492,7 +491,7 @@ def find_pictures(*places):
 
 
 def decode_pictures(paths, size, channels=3, batch_size=64):
-    """Yields (paths, uint8 [n, size, size, channels], ValueErrors) of centre squares, `batch_size` paths at a time.
+    """Yields (paths, uint8 [n, size, size, channels], [(path, ValueError)]) of centre squares, a batch at a time.
 
     One channel is the luma of the three, as Pillow's. Pictures that cannot be decoded are among the errors alone.
     """
@@ -506,7 +505,8 @@ def decode_pictures(paths, size, channels=3, batch_size=64):
             if channels == 1:
                 luma = images.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
                 images = ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
-            yield [path for path, _ in good], images, [error for error in decoded if isinstance(error, ValueError)]
+            broken = [(path, error) for path, error in zip(part, decoded) if isinstance(error, ValueError)]
+            yield [path for path, _ in good], images, broken
 
 
 def decode_cached(paths, root, size, cache_dir):
@@ -1254,26 +1254,27 @@ def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0
     depends on the batch.
     """
     batch, _, height, width = inputs.shape
-    u = uniform(index, seed, epoch, 6).to(inputs.device)
-    partner = u[:, 0].argsort()
-    boxed = (u[:, 1] < 0.5) if mixup and cutmix else torch.full_like(u[:, 1], bool(cutmix)).bool()
-    own = torch.where(boxed, beta(u[:, 2], cutmix or 1.0), beta(u[:, 2], mixup or 1.0))  # the share of the sample
-    sides = torch.tensor([height, width], device=u.device)
+    u, sides = uniform(index, seed, epoch, 6), torch.tensor([height, width])
+    boxed = (u[:, 1] < 0.5) if mixup and cutmix else torch.full((batch,), bool(cutmix))
+    own = beta(u[:, 2], mixup) if mixup else torch.zeros(batch)  # the share of the sample
+    own = torch.where(boxed, beta(u[:, 2], cutmix), own) if cutmix else own
     half = (1 - own).sqrt()[:, None] * sides / 2  # [B, (y, x)]
     low, high = ((u[:, 3:5] * sides + by).round().clamp(min=0).minimum(sides) for by in (-half, half))
-    y, x = (torch.arange(side, device=u.device) for side in (height, width))
+    own = torch.where(boxed, 1 - (high - low).prod(1) / (height * width), own)
+    # drawn on the CPU; only these go to the device
+    partner, boxed, own, low, high = (x.to(inputs.device) for x in (u[:, 0].argsort(), boxed, own, low, high))
+    y, x = (torch.arange(side, device=inputs.device) for side in (height, width))
     rows, columns = (y >= low[:, :1]) & (y < high[:, :1]), (x >= low[:, 1:]) & (x < high[:, 1:])
     outside = 1 - (rows[:, None, :, None] & columns[:, None, None, :]).float()  # [B, 1, H, W]
-    own = torch.where(boxed, 1 - (high - low).prod(1) / (height * width), own)
-    weight = torch.where(boxed[:, None, None, None], outside, own[:, None, None, None])
+    weight = torch.where(boxed[:, None, None, None], outside, own[:, None, None, None]).to(inputs)
     targets = F.one_hot(labels, classes).float()
-    return inputs.index_select(0, partner).lerp(inputs, weight.to(inputs)), targets[partner].lerp(targets, own[:, None])
+    return inputs.index_select(0, partner).lerp(inputs, weight), targets[partner].lerp(targets, own[:, None])
 
 
 def beta(u, alpha):
-    """Draws from Beta(alpha, alpha) for uniform u float [B], by its quantiles."""
-    place, lower = beta_quantiles(float(alpha))
-    x = torch.from_numpy(np.interp(torch.minimum(u, 1 - u).double().cpu().numpy() * 2, place, lower)).to(u)
+    """Draws from Beta(alpha, alpha), alpha 0.001 to 100, for uniform u float32 [B] on the CPU, by its quantiles."""
+    place, lower = beta_quantiles(min(max(alpha, 1e-3), 100.0))
+    x = torch.from_numpy(np.interp(torch.minimum(u, 1 - u).numpy() * 2, place, lower)).to(u)
     return torch.where(u < 0.5, x, 1 - x)
 
 
@@ -1346,7 +1347,7 @@ def sudoku_views(puzzles, count=8):
     yield puzzles, 1 / count, same_outputs
     for view in range(1, count):
         cells, digits = sudoku_symmetry(torch.full((len(puzzles),), view), 0, 0)
-        restore = lambda logits: restore_sudoku(logits[-1], cells, digits)[None]
+        restore = lambda logits, cells=cells, digits=digits: restore_sudoku(logits[-1], cells, digits)[None]
         yield transform_sudoku(puzzles, cells, digits), 1 / count, restore
 
 
@@ -1405,6 +1406,7 @@ def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
     loader = DataLoader(
         Gather(split), sampler=pieces, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else each pass draws from the one that dropout draws from
         worker_init_fn=ignore_interrupt if workers else None,
     )  # fmt: skip
 

@@ -51,9 +51,10 @@ MAX_BAD_STEPS = 25  # in a row; fp16 halves its scale 16 times from 65,536 to 1,
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RUNS = Path("runs")
 MODES = tuple("config resume find_lr evaluate predict export input search tta output".split())  # not in config.json
+BOTH = "tta quiet output batch_size device amp channels_last message_steps"
 READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
-    "evaluate": "evaluate tta output data cache_dir batch_size workers device amp channels_last message_steps".split(),
-    "predict": "predict tta input search output batch_size device amp channels_last message_steps".split(),
+    "evaluate": f"evaluate data cache_dir workers {BOTH}".split(),
+    "predict": f"predict input search {BOTH}".split(),
     "export": "export output message_steps".split(),
 }
 OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json", ".csv"), "predict": (".csv", ".json", ".sdm", ".sdk"),
@@ -157,8 +158,9 @@ def build_parser():
     add("--flip", type=boolean, nargs="?", const=True, help="from left to right; else on for colour images only")
     add("--min_crop_area", type=number(float, 0, 1, open_low=True), default=0.35, help="of random resized crops")
     add("--cutout", type=number(int, 0, 2048), default=0, help="px a side of the square set to the mean")
-    add("--mixup", type=at_least_0, default=0.0, metavar="ALPHA", help="averages pairs by Beta(alpha, alpha); 0: off")
-    add("--cutmix", type=at_least_0, default=0.0, metavar="ALPHA", help="boxes of one in another; both: one at random")
+    alpha = number(float, 0, 100)
+    add("--mixup", type=alpha, default=0.0, metavar="ALPHA", help="averages pairs by Beta(alpha, alpha); 0: off")
+    add("--cutmix", type=alpha, default=0.0, metavar="ALPHA", help="boxes of one in another; both: one at random")
     add("--val_every", type=number(int, 1, word="adaptive"), default=1, help="epochs between validations, the last "
         "always; adaptive: 1 up to epoch 10, 2 up to 30, then 3")  # fmt: skip
     add("--val_samples", type=number(int, 0), default=0, help="a stratified sample scored in between; 0: none")
@@ -178,7 +180,7 @@ def build_parser():
     add("--grad_steps", type=steps, default=6, help="sudoku_gnn: steps with gradient and loss after them")
     add("--constraint_weight", type=at_least_0, default=0.0, help="sudoku_gnn: of the expected violations")
     add("--curriculum", type=boolean, nargs="?", const=True, default=False, help="easy, medium, then hard puzzles")
-    add("--focal_gamma", type=at_least_0, default=0.0, help="weighs the loss of an image or blank by (1 - p)^gamma")
+    add("--focal_gamma", type=at_least_0, default=0.0, help="weighs losses by (1 - p)^gamma; 0: off")
     add("--label_smoothing", type=share, default=0.0, help="share of the target spread over all classes")
 
     add = parser.add_argument_group("training").add_argument
@@ -193,9 +195,9 @@ def build_parser():
     add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it, muon's too")
     add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
     add("--swa_start_epoch", type=number(int, 0), default=0, help="the first whose weights are averaged; 0: none")
-    add("--swa_lr", type=rate, help="reached over that epoch and kept; else the schedule goes on")
-    add("--sam_rho", type=at_least_0, default=0.0, help="SAM: how far up the gradient is taken, in a second pass")
-    add("--freeze_epochs", type=number(int, 0), default=0, help="at first, in which the head alone is trained")
+    add("--swa_lr", type=rate, help="the rate reached over that epoch and kept; else the schedule's")
+    add("--sam_rho", type=at_least_0, default=0.0, help="SAM: a second pass, so far uphill; 0: off")
+    add("--freeze_epochs", type=number(int, 0), default=0, help="at first, that train the head alone; 0: none")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
 
     add = parser.add_argument_group("schedule").add_argument
@@ -243,8 +245,8 @@ def build_parser():
     add("--tta", type=boolean, nargs="?", const=True, default=False, help=f"--evaluate, --predict: {views}")
     add("--input", type=str, nargs="+", metavar="PATH", help="pictures, folders, globs; or a file of puzzles")
     add("--search", type=boolean, nargs="?", const=True, default=False, help="finish what the network does not, proved")
-    add("--output", type=str, metavar="FILE", help="of find_lr .csv, evaluate .json .csv, predict the same and .sdm "
-        ".sdk, export .pt2 .onnx")  # fmt: skip
+    add("--output", type=str, metavar="FILE", help="of --find_lr .csv, --evaluate .json .csv, --predict .csv .json "
+        "(puzzles: .csv .sdm .sdk), --export .pt2 .onnx")  # fmt: skip
     return parser
 
 
@@ -876,10 +878,11 @@ def fit(state, run, stop=()):
                         "have spilled into the system's; give --memory_gb or a smaller --batch_size")  # fmt: skip
                 if not bar.disable and now - shown_at > bar.mininterval:  # reading the sums waits for the device
                     shown_at = now
-                    bad = {"bad_steps": state.bad_steps} if state.bad_steps else {}
+                    bad = [f"{state.bad_steps} bad steps"] * bool(state.bad_steps)
                     found = means(state.sums, task)
-                    shown_means = {name: f"{found[name]:.3f}" for name in ("loss", task.monitor) if name in found}
-                    bar.set_postfix({**shown_means, **bad}, refresh=False)
+                    form = {"loss": "loss {:.3f}", task.monitor: task.shown.get(task.monitor, "loss {:.3f}")}
+                    parts = [form[name].format(found[name]) for name in form if name in found]
+                    bar.set_postfix_str(", ".join(parts + bad), refresh=False)
                 if stop or (config["save_every"] and state.step % config["save_every"] == 0):
                     state.seconds = time.perf_counter() - began
                     save()
@@ -944,7 +947,8 @@ def fit(state, run, stop=()):
     if utils.save_history(folder / "curves.png", state.history, task.monitor):
         log(f"curves     {folder / 'curves.png'}")
     if run.has_test or run.val:
-        log(f"evaluate   python train.py --evaluate {folder / 'best.pt'}")
+        others = [str(folder / f"{name}.pt") for name in ("ema", "swa") if (folder / f"{name}.pt").exists()]
+        log(f"evaluate   python train.py --evaluate {' '.join([str(folder / 'best.pt'), *others])}")
     return 0
 
 
@@ -1206,8 +1210,9 @@ def image_centre(meta, memory_format):
 def image_report(pairs, task):
     """`utils.classification_report`, and (probabilities float32 [N, K], labels [N]) that pictures are drawn from."""
     logits, labels = (torch.cat([x.cpu() for x in column]) for column in zip(*pairs))
+    loss = models.image_loss(logits, labels).item() / len(labels)  # probabilities of float32 end at 1e-38
     p, labels = logits.float().softmax(1).numpy(), labels.numpy()
-    return utils.classification_report(p, labels), (p, labels)
+    return {**utils.classification_report(p, labels), "loss": loss}, (p, labels)
 
 
 def image_samples(state, run):
@@ -1215,8 +1220,8 @@ def image_samples(state, run):
     batch = next(iter(run.fetch_train(run.order(state.epoch - 1)[:16])))
     x, _ = run.augment(*batch, state.epoch - 1)
     mean, std = (torch.tensor(run.meta[name], device=x.device)[:, None, None] for name in ("mean", "std"))
-    x = ((x * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
-    x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])]).expand(-1, -1, -1, 3)
+    x = utils.displayable(((x * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu())
+    x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])])
     return torch.cat([torch.cat(list(row), 1) for row in x.split(4)]).numpy()
 
 
@@ -1229,7 +1234,8 @@ def predict_images(model, meta, device, dtype, config):
     views, size = data.image_views if config["tta"] else None, scoring_batch(config)
     if meta["in_channels"] not in (1, 3):
         raise ValueError(f"--predict: pictures have 1 or 3 channels, the checkpoint {meta['in_channels']}")
-    bar = tqdm(total=len(paths), desc="predict", unit="images", leave=False, disable=len(paths) <= size or None)
+    silent = config["quiet"] or len(paths) <= size or None
+    bar = tqdm(total=len(paths), desc="predict", unit="images", leave=False, disable=silent)
     with contextlib.closing(bar):
         for part, images, errors in data.decode_pictures(paths, meta["stored_size"], meta["in_channels"], size):
             batches = [(torch.from_numpy(images).to(device), None, None)] if part else []
@@ -1238,7 +1244,7 @@ def predict_images(model, meta, device, dtype, config):
                 for path, values, places in zip(part, p.tolist(), chosen.tolist()):
                     top = [{"class": classes[k], "probability": value} for k, value in zip(places, values)]
                     rows.append({"file": str(path), **top[0], "top5": top})
-            broken += [{"file": str(error).split(": ")[0], "error": str(error)} for error in errors]
+            broken += [{"file": str(path), "error": str(error)} for path, error in errors]
             bar.update(len(part) + len(errors))
     for row in rows[:MOST_SHOWN]:
         print(f"{row['file']}: " + ", ".join(f"{top['class']} {top['probability']:.1%}" for top in row["top5"]))
@@ -1253,7 +1259,7 @@ def predict_images(model, meta, device, dtype, config):
         write = utils.write_json if Path(config["output"]).suffix == ".json" else utils.write_csv
         write(config["output"], rows + broken)
     unread = f", {len(broken):,} could not be read" * bool(broken)
-    print(f"{len(rows):,} of {len(paths):,} pictures{unread}", flush=True)
+    print(f"{len(rows):,} of {len(paths):,} pictures{unread}" + f", in {config['output']}" * bool(config["output"]))
     return int(bool(broken))
 
 
@@ -1318,7 +1324,8 @@ def predict_puzzles(model, meta, device, dtype, config):
         data.sudoku_text(Path(output).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
     views = data.sudoku_views if config["tta"] else None
     answers, solved, alone, led, unled, text = np.zeros_like(puzzles), 0, 0, 0, 0, []
-    bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=len(puzzles) <= 64 or None)
+    silent = config["quiet"] or len(puzzles) <= 64 or None
+    bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=silent)
     with contextlib.closing(bar):
         for start in range(0, len(puzzles), 2048):  # bounds the memory of millions
             part = puzzles[start : start + 2048]
@@ -1345,7 +1352,8 @@ def predict_puzzles(model, meta, device, dtype, config):
     if len(puzzles) > MOST_SHOWN:
         text.append(f"... and {len(puzzles) - MOST_SHOWN:,} more; --output FILE holds what was solved of all\n")
     steps = meta["arguments"]["message_steps"]
-    text.append(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in {steps} steps")
+    written = f", in {output}" * bool(output)
+    text.append(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in {steps} steps{written}")
     if config["search"]:
         text.append(f"guesses: {led:,} led by the network, {unled:,} without it")
     print("\n".join(text), flush=True)
@@ -1443,6 +1451,9 @@ def prepare_run(config, fresh=True):
     for flag in ("swa_start_epoch", "freeze_epochs"):
         if config[flag] > config["epochs"]:
             raise ValueError(f"--{flag} {config[flag]}: must be at most --epochs {config['epochs']}")
+    if 0 < config["swa_start_epoch"] <= config["freeze_epochs"]:
+        raise ValueError(f"--swa_start_epoch {config['swa_start_epoch']}: must be above --freeze_epochs, else the "
+                         "statistics of the frozen part would be lost")  # fmt: skip
     if config["swa_lr"] and not config["swa_start_epoch"]:
         raise ValueError("--swa_lr: needs --swa_start_epoch")
     if config["batch_size"] == "auto":
@@ -1495,8 +1506,9 @@ def prepare_run(config, fresh=True):
     rows = (torch.from_numpy(np.array(a[few.numpy()])).to(device) for a in (train.images, train.labels))
     example, _ = augment(*rows, few, 0)
     moments = {"adamw": 2, "sgd": 1, "muon": 1}[config["optimizer"]]
+    copies = bool(state.ema) + bool(state.swa) + 2 * bool(config["sam_rho"])  # the weights and the ascent of SAM
     with autocast(device, dtype):
-        memory = models.estimate_memory(model, example, moments, bool(state.ema) + bool(state.swa))
+        memory = models.estimate_memory(model, example, moments, copies)
     budget = min(utils.free_bytes(device), utils.memory_cap(device, config["memory_gb"])) // 4
     if config["batch_size"] == "auto":
         resident = sum(split.images.nbytes for split in (train, val) if split and split.images.nbytes <= budget)
@@ -1562,9 +1574,23 @@ def describe(state, run, source, memory, precision, settings, note):
         f"largest batch for 4, 6, 8 GB: {cards}",
         f"data       {source.description} | "
         + ", ".join(splits.get(name, f"no {name}") for name in ("train", "val", "test")),
+        f"methods    {', '.join(methods(config)) or 'plain'}",
         f"batch      {size} x {steps} accumulation x 1 process = {size * steps} | {steps_an_epoch:,} steps an epoch, "
         f"{config['epochs']} epochs, {steps_an_epoch * config['epochs']:,} steps",
     ]
+
+
+def methods(config):
+    """Names of what is on beside the plain loop."""
+    names = {"ema_decay": "EMA", "swa_start_epoch": "SWA from epoch", "swa_lr": "SWA's lr", "sam_rho": "SAM",
+             "mixup": "Mixup", "cutmix": "CutMix", "label_smoothing": "label smoothing", "focal_gamma": "focal loss",
+             "clip_grad_norm": "clipping at"}  # fmt: skip
+    found = [f"{name} {config[flag]:g}" for flag, name in names.items() if config[flag]]
+    found += [f"weights of {config['pretrained']}"] * bool(config["pretrained"])
+    if config["freeze_epochs"]:
+        random = "" if config["pretrained"] else ", the rest random: give --pretrained"
+        found.append(f"head alone for {config['freeze_epochs']} epochs{random}")
+    return found
 
 
 def choose_batch(effective, most, fits):
@@ -1714,7 +1740,7 @@ def main(argv=None):
         check_output(config)
         for mode in READ_BY:
             if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
-                why = "does not go with --" + mode if other[0] in MODES else f"--{mode} takes it from the checkpoint"
+                why = "does not go with --" + mode if other[0] in MODES else f"--{mode} does not read it"
                 raise ValueError(f"--{other[0]}: {why}; leave it out")
         if config["val_samples"] and config["val_every"] == 1:
             raise ValueError("--val_samples: are scored between validations; give --val_every 2, more, or adaptive")
@@ -1723,16 +1749,19 @@ def main(argv=None):
                 raise ValueError(f"--{key}: needs --{' or --'.join(modes)}")
         if config["compile"] != "off" and config["checkpoint_activations"]:
             raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
+        if config["freeze_epochs"] and (config["find_lr"] or config["lr"] == "auto"):
+            raise ValueError("--freeze_epochs: the sweep is of the whole network; leave it out, or give --lr a number")
         if (config["effective_batch"] or config["batch_size"] == "auto") and "accumulation_steps" in given:
             raise ValueError("--accumulation_steps: follows from --effective_batch; give that in its place")
         for mode, call in (("predict", run_predict), ("evaluate", partial(run_evaluate, given=given)),
                            ("export", run_export)):  # fmt: skip
             if config[mode]:
                 return call(config)
-        for name, family in FAMILIES.items():
+        for family in (IMAGES, PUZZLES):
             other = [key for key in given if key in family.flags and key not in FAMILIES[config["model"]].flags]
             if other and config["resume"] is None:
-                raise ValueError(f"--{other[0]}: is for {name} and its kind, the model is {config['model']}")
+                kind = "pictures" if family is IMAGES else "puzzles"
+                raise ValueError(f"--{other[0]}: is for {kind}, the model is {config['model']}; leave it out")
         if config["resume"] is not None:
             folder = find_run(config["resume"] or config["run_name"])
             config = resumed_config(folder, config, given)
@@ -1848,31 +1877,34 @@ def load_model(path, config):
 
 def run_evaluate(config, given):
     """Score each checkpoint of --evaluate, then print them, side by side too, and write --output and pictures."""
-    found = [score(path, config, given) for path in config["evaluate"]]
-    results = [result for result, *_ in found]
-    for result, task, _ in found:
-        head = f"{result['checkpoint']} on {result['samples']:,} {result['split']} {task.unit}"
-        print(f"{head}: {metrics_line(result, task)}")
-        if len(found) == 1:
-            print("\n".join("  " + line for line in utils.report_lines(result, task.unit)))
+    results, best, drawn = [], None, None
+    for path in config["evaluate"]:
+        result, task, pictures = score(path, config, given)
+        head = f"{path} on {result['samples']:,} {result['split']} {task.unit}".replace(" all ", " ")
+        lines = [f"{head}{', with --tta' * result['tta']}: {metrics_line(result, task)}"]
+        if len(config["evaluate"]) == 1:
+            lines += ["  " + line for line in utils.report_lines(result, task.unit)]
+        if best is None or result.get(task.monitor, 0) > results[best].get(task.monitor, 0):
+            best, drawn = len(results), pictures  # the only one whose images are kept
+        results.append(result | {"lines": lines})
+    print("\n".join(line for result in results for line in result.pop("lines")))
     scalars = [{k: v for k, v in result.items() if not isinstance(v, list | np.ndarray)} for result in results]
-    best = max(range(len(found)), key=lambda i: results[i].get(found[i][1].monitor, -math.inf))
-    if len(found) > 1:
+    if len(results) > 1:
         print("\n".join(["", *utils.side_by_side(scalars)]))
-        print(f"best {found[best][1].monitor}: {results[best]['checkpoint']}")
+        if utils.same_data(scalars):
+            print(f"highest {task.monitor}: {results[best]['checkpoint']}")
     if config["output"]:
         path = Path(config["output"])
         if path.suffix == ".csv":
             utils.write_csv(path, scalars)
         else:
             utils.write_json(path, results[0] if len(results) == 1 else results)
-        pictures = utils.draw_report(path, results[best], found[best][2])
-        print(f"written    {', '.join(map(str, [path, *pictures]))}")
+        print(f"written    {', '.join(map(str, [path, *utils.draw_report(path, results[best], drawn)]))}")
     return 0
 
 
 def score(path, config, given):
-    """({"checkpoint", "split", "samples", metrics…}, its Task, what pictures are drawn from) of one checkpoint.
+    """({"checkpoint", "data", "split", "samples", "tta", metrics…}, its Task, what pictures need) of one checkpoint.
 
     On test, or on val where there is none.
     """
@@ -1898,11 +1930,17 @@ def score(path, config, given):
     for _ in range(3):
         once()
     latency = np.array([timed(once) for _ in range(30)]) * 1e3
-    bar = tqdm(total=len(split), desc=Path(path).name, unit=task.unit, leave=False, disable=None)
+    order = torch.arange(len(split))
+    for _ in run(batches(order[:batch_size])):
+        pass  # the first pass at a size takes longer
+    bar = tqdm(total=len(split), desc=Path(path).name, unit=task.unit, leave=False, disable=config["quiet"] or None)
+    pairs, began = [], time.perf_counter()
     with contextlib.closing(bar):
-        began = time.perf_counter()
-        result, drawn = family.report(watched(run(batches(torch.arange(len(split)))), bar), task)
-        seconds = time.perf_counter() - began
+        for outputs, targets in run(batches(order)):
+            pairs.append((outputs.cpu(), targets.cpu()))
+            bar.update(len(targets))
+    seconds = time.perf_counter() - began
+    result, drawn = family.report(pairs, task)
     if drawn is not None:
         drawn = (*drawn, split.images, meta)
         for row, label in zip(result["per_class"], meta["classes"]):
@@ -1910,19 +1948,13 @@ def score(path, config, given):
     name = "all" if name == "train" else name  # a puzzle file is scored whole
     speed = {"latency_ms": np.median(latency), "latency_p95_ms": np.percentile(latency, 95),
              "samples_per_second": len(split) / seconds, "batch_size": batch_size}  # fmt: skip
-    return {"checkpoint": str(path), "split": name, "samples": len(split), **result, **speed}, task, drawn
+    about = {"checkpoint": str(path), "data": source.description, "split": name, "samples": len(split)}
+    return {**about, "tta": config["tta"], **result, **speed}, task, drawn
 
 
 def scoring_batch(config):
     """Samples at once where nothing is kept for a backward pass."""
     return 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
-
-
-def watched(pairs, bar):
-    """The pairs, counted by the bar."""
-    for outputs, targets in pairs:
-        bar.update(len(targets))
-        yield outputs, targets
 
 
 def run_predict(config):
@@ -1947,13 +1979,17 @@ def run_export(config):
     output = Path(config["output"])
     if output.suffix == ".onnx" and (missing := utils.missing("onnx", "onnxscript")):
         raise ValueError(f"--output {output}: needs the packages {missing}: pip install {missing}")
-    models.Conv2d.tuned_on = ()  # convolutions as they are, whatever runs them
     model, meta, *_ = load_model(config["export"], {**config, "device": "cpu", "channels_last": False})
     deployed = models.Deployed(model, meta["mean"], meta["std"]).eval()
+    for module in model.modules():
+        if isinstance(module, models.Conv2d):
+            module.tuned_on = ()  # a convolution as it is, whatever will run it
     size, channels = meta["image_size"], meta["in_channels"]
     shape, top = ((81,), 10) if meta["model"] == "sudoku_gnn" else ((size, size, channels), 256)
     example = lambda count: torch.from_numpy(np.random.default_rng(count).integers(0, top, (count, *shape), np.uint8))
-    facts = {name: meta[name] for name in ("model", "classes", "image_size", "mean", "std")}
+    facts = {name: meta[name] for name in ("model", "classes", "image_size", "stored_size", "mean", "std")}
+    if meta["model"] == "sudoku_gnn":
+        print(f"exporting {meta['arguments']['message_steps']} unrolled steps, about a minute", flush=True)
     content, call = utils.exported(deployed, example(2), output.suffix, facts)
     for count in (1, 3):
         with torch.inference_mode():
@@ -1977,5 +2013,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # outside the loop, which saves: while reading data, say
-        print("stopped before the first step; nothing to save", file=sys.stderr)
+        print("stopped before there was a step to save", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,7 @@ Any piece here works alone: this file imports torch, numpy, tqdm and the standar
 (tensorboard, wandb and matplotlib where a function needs them).
 """
 
+import contextlib
 import csv
 import ctypes
 import functools
@@ -79,7 +80,8 @@ def load_checkpoint(path, legacy=False):
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; give a .pt file of a run")
+        instead = path / "best.pt" if (path / "best.pt").is_file() else "a .pt file of a run"
+        raise ValueError(f"{path}: no such checkpoint; give {instead}")
     try:
         if not (legacy and not zipfile.is_zipfile(path)):
             with zipfile.ZipFile(path) as archive:
@@ -168,7 +170,7 @@ def write_csv(path, rows):
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode(errors="backslashreplace"))  # of names that are not UTF-8
 
 
 def write_json(path, value):
@@ -183,9 +185,9 @@ def missing(*packages):
 
 def trackers_available(tensorboard=False, wandb=False):
     """ValueError, before anything is written, where a tracker that is asked for is not installed."""
-    for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
-        if wanted and missing(package):
-            raise ValueError(f"--{package} needs the package {package}: pip install {package}")
+    for wanted, flag, *packages in ((tensorboard, "tensorboard", "tensorboard"), (wandb, "wandb", "wandb", "PIL")):
+        if wanted and (absent := missing(*packages).replace("PIL", "pillow")):
+            raise ValueError(f"--{flag} needs the package {absent}: pip install {absent}")
 
 
 def read_metrics(path):
@@ -194,9 +196,11 @@ def read_metrics(path):
         with open(path, newline="", encoding="utf-8") as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         if not rows or not all({"epoch", "lr", "train_loss"} <= row.keys() for row in rows):
-            raise ValueError("it needs rows with epoch, lr and train_loss")
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}: no metrics.csv of a run ({one_line(error)})") from None
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, csv.Error):
+        raise ValueError(f"{path}: no metrics.csv of a run; it needs rows with epoch, lr and train_loss") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the metrics.csv of a run") from None
     return rows
 
 
@@ -269,16 +273,25 @@ def drawn(draw):
     @functools.wraps(draw)
     def write(path, *arguments, **options):
         try:
+            from matplotlib import rc_context
             from matplotlib.figure import Figure
         except ImportError:
             return False
-        figure, png = Figure(layout="constrained"), io.BytesIO()
-        draw(figure, *arguments, **options)
-        figure.savefig(png, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
+        png = io.BytesIO()
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():  # names are no TeX
+            warnings.simplefilter("ignore")  # of letters that no font here has
+            figure = Figure(layout="constrained")
+            draw(figure, *arguments, **options)
+            figure.savefig(png, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
         write_atomic(path, png.getvalue())
         return True
 
     return write
+
+
+def short(name, most=20):
+    """The name, its middle left out where it is longer than `most`: long names often differ at their ends."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}..{name[len(name) - most // 2 + 1 :]}"
 
 
 @drawn
@@ -308,13 +321,13 @@ def save_history(figure, rows, metric):
             axes.plot(epochs, [row["lr"] for row in rows], color="black", marker="." * (len(rows) < 40))
         else:
             axes.legend()
-        axes.set(xlabel="epoch", title={"lr": "learning rate"}.get(name, name.replace("_", " ")))
+        axes.set(xlabel="epoch", title={"lr": "learning rate at its end"}.get(name, name.replace("_", " ")))
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 @drawn
-def save_confusion(figure, matrix, classes):
+def save_confusion(figure, matrix, classes, heading):
     """Counts [true][predicted], each row coloured by its shares, with names and numbers where they fit."""
     matrix, count = np.asarray(matrix), len(classes)
     side = min(20.0, 3.2 + 0.42 * count)
@@ -323,32 +336,37 @@ def save_confusion(figure, matrix, classes):
     shares = matrix / matrix.sum(1, keepdims=True).clip(1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the true class")
-    if count <= 40:
-        names = [name if len(name) <= 20 else name[:18] + "..." for name in classes]
-        axes.set_xticks(range(count), names, rotation=90)
-        axes.set_yticks(range(count), names)
+    if count <= 100:
+        axes.set_xticks(range(count), map(short, classes), rotation=90, fontsize=10 if count <= 40 else 7)
+        axes.set_yticks(range(count), map(short, classes), fontsize=10 if count <= 40 else 7)
     if count <= 25:
         for i, j in zip(*matrix.nonzero()):
             color = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=color, fontsize=7)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(matrix):,} of {matrix.sum():,} right")
+    axes.set(xlabel="predicted", ylabel="true", title=f"{heading}\n{np.trace(matrix):,} of {matrix.sum():,} right")
 
 
 @drawn
-def save_reliability(figure, p, labels, bins=15):
+def save_reliability(figure, p, labels, heading, bins=15):
     """Accuracy against confidence in `bins` equal bins, above the share of samples in each (p [N, K], labels [N])."""
-    figure.set_size_inches(5, 6)
+    figure.set_size_inches(5, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     error, confidence, accuracy, share = calibration(p, labels, bins)
     width, filled = 1 / bins, share > 0
     middle = (np.arange(bins) + 0.5) / bins
     top.bar(middle[filled], accuracy[filled], width, color="C0", edgecolor="white", label="accuracy")
     top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfectly calibrated")
-    top.plot(confidence[filled], accuracy[filled], "o", color="C3", markersize=4, label="at its mean confidence")
-    top.set(ylabel="accuracy", ylim=(0, 1), title=f"expected calibration error {error:.3f}")
-    top.legend(loc="upper left")
+    top.plot(confidence[filled], accuracy[filled], "o", color="C3", markersize=4, clip_on=False,
+             label="at its mean confidence")  # fmt: skip
+    top.set(ylabel="accuracy", ylim=(0, 1), title=f"{heading}\nexpected calibration error {error:.3f}")
+    top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=2, frameon=False, fontsize=8)
     bottom.bar(middle, share, width, color="C7", edgecolor="white")
     bottom.set(xlabel="confidence", ylabel="share of samples", xlim=(0, 1))
+
+
+def displayable(images):
+    """[..., 3] of images [..., C]: the first three channels, or the first one three times."""
+    return images[..., :3] if images.shape[-1] >= 3 else images[..., [0, 0, 0]]
 
 
 @drawn
@@ -360,7 +378,7 @@ def save_contact_sheet(figure, images, titles, heading):
     for axes in figure.subplots(max(1, rows), 6, squeeze=False).flat:
         axes.axis("off")
     for axes, image, title in zip(figure.axes, images, titles):
-        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(displayable(image))
         axes.set_title(title, fontsize=8)
 
 
@@ -374,7 +392,8 @@ def report_lines(result, unit):
         of = lambda kind, name: f"{name} {result[f'{kind}_{name.lower()}']:.3f}"
         triple = lambda kind: f"{kind} " + ", ".join(of(kind, name) for name in ("precision", "recall", "F1"))
         lines = [
-            f"top-5 {result['top5_accuracy']:.2%} | {triple('macro')} | {triple('weighted')}",
+            f"top-5 {result['top5_accuracy']:.2%} | " * (len(result["per_class"]) > 5)
+            + f"{triple('macro')} | {triple('weighted')}",
             f"mean average precision {result['mean_average_precision']:.3f} | calibration "
             f"error {result['calibration_error']:.3f}, confidence {result['confidence']:.3f}, "
             f"entropy {result['entropy']:.3f}",
@@ -384,7 +403,10 @@ def report_lines(result, unit):
         f"{result['samples_per_second']:,.0f} {unit}/s in batches of {result['batch_size']}"
     )
     rows = result.get("per_class", ())
-    if 0 < len(rows) <= 20:
+    if rows:
+        if len(rows) > 20:
+            lines.append(f"the 20 classes of {len(rows)} with the lowest F1; --output FILE.json holds all")
+            rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:20]
         width = max(5, *(len(row["class"]) for row in rows))
         lines.append(f"{'class':{width}}  precision  recall     F1     AP  {unit}")
         lines += [f"{row['class']:{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}  "
@@ -392,20 +414,26 @@ def report_lines(result, unit):
     return lines
 
 
+def same_data(results):
+    """Whether the results are of the same samples and metrics, so that one can be better than the other."""
+    return len({(result["data"], result["split"], result["samples"], *result) for result in results}) == 1
+
+
 def side_by_side(results):
-    """Lines of a table: a metric a row, a checkpoint a column, the best of each row marked with a star."""
-    plain, unmarked = ("checkpoint", "split", "samples", "batch_size"), ("confidence", "entropy")
+    """Lines of a table: a metric a row, a checkpoint a column; a star for the best of a row, on the same data."""
+    plain, unmarked = ("checkpoint", "data", "split", "samples", "tta", "batch_size"), ("confidence", "entropy")
+    alike = same_data(results)
     names = [Path(result["checkpoint"]) for result in results]
-    short = [p.name if len({n.name for n in names}) == len(names) else str(Path(*p.parts[-2:])) for p in names]
-    widths = [max(11, len(name) + 1) for name in short]
-    lines = [f"{'':24}" + "".join(f"{name:>{width}}" for name, width in zip(short, widths))]
+    named = [p.name if len({n.name for n in names}) == len(names) else str(Path(*p.parts[-2:])) for p in names]
+    widths = [max(14, len(name) + 1) for name in named]
+    lines = [f"{'':24}" + "".join(f"{name:>{width}}" for name, width in zip(named, widths))]
     for metric in dict.fromkeys(name for result in results for name in result if name not in plain):
         values = [result.get(metric, math.nan) for result in results]
         best = (max if higher_is_better(metric) else min)((v for v in values if v == v), default=None)
-        best = None if metric.startswith(unmarked) else best
+        best = best if alike and not metric.startswith(unmarked) else None
         cells = (f"{'*' if value == best else ''}{value:.4f}" if value == value else "-" for value in values)
         lines.append(f"{metric:24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
-    return lines
+    return lines + ["they were scored on different data, so none is marked"] * (not alike)
 
 
 def draw_report(output, result, drawn):
@@ -417,8 +445,8 @@ def draw_report(output, result, drawn):
     made, beside = [], lambda name: output.with_name(f"{output.stem}-{name}.png")
     metrics = Path(result["checkpoint"]).with_name("metrics.csv")
     if metrics.is_file():
-        png = curves(metrics, beside("curves"))
-        made += [png] if png else []
+        with contextlib.suppress(ValueError):  # damaged or another program's
+            made += [png] if (png := curves(metrics, beside("curves"))) else []
     if drawn is None:
         return made
     p, labels, images, meta = drawn
@@ -428,13 +456,14 @@ def draw_report(output, result, drawn):
     size, side = meta["image_size"], images.shape[1]
     centre = slice((side - size) // 2, (side - size) // 2 + size)
     images = np.array(images[wrong])[:, centre, centre]
-    name = lambda k: meta["classes"][k][:16]
+    name = lambda k: short(meta["classes"][k])
     titles = [f"{name(labels[i])}, taken for\n{name(chosen[i])} {p[i, chosen[i]]:.0%}" for i in wrong]
-    heading = f"the most confident of {(chosen != labels).sum():,} mistakes in {len(p):,}"
+    heading = f"{result['checkpoint']} on {result['split']}" + ", with --tta" * result["tta"]
+    mistakes = f"{heading}\nthe most confident of {(chosen != labels).sum():,} mistakes in {len(p):,}"
     for kind, call in (
-        ("confusion", lambda path: save_confusion(path, result["confusion_matrix"], meta["classes"])),
-        ("reliability", lambda path: save_reliability(path, p, labels)),
-        ("mistakes", lambda path: save_contact_sheet(path, images, titles, heading)),
+        ("confusion", lambda path: save_confusion(path, result["confusion_matrix"], meta["classes"], heading)),
+        ("reliability", lambda path: save_reliability(path, p, labels, heading)),
+        ("mistakes", lambda path: save_contact_sheet(path, images, titles, mistakes)),
     ):
         if call(beside(kind)):
             made.append(beside(kind))
@@ -679,7 +708,9 @@ if __name__ == "__main__":
         sys.exit(2)
     for file in sys.argv[1:]:
         try:
-            print(curves(file) or "error: curves need the package matplotlib: pip install matplotlib")
+            if (png := curves(file)) is None:
+                raise ValueError("curves need the package matplotlib: pip install matplotlib")
+            print(png)
         except (ValueError, OSError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(2)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import train
+import utils
 
 
 def make_state(dtype=torch.float64, optimizer="sgd", fp16=False, ema=False, norm=False, seed=0):
@@ -382,7 +383,7 @@ def test_sharpness_aware_windows_equal_the_one_big_batch():
 
 
 def test_a_scale_of_fp16_leaves_the_sharpness_aware_step_as_it_is():
-    """With the scaler on and float32 arithmetic, powers of two as scale: bitwise the step without it."""
+    """With the scaler on and float32 arithmetic, to rounding."""
     plain, scaled = make_state(torch.float32), make_state(torch.float32, fp16=True)
     for state in (plain, scaled):
         for seed in range(3):
@@ -467,3 +468,20 @@ def test_the_rate_of_swa_is_torchs(anneal):
     theirs = torch.optim.swa_utils.SWALR(sgd, swa_lr=0.05, anneal_epochs=anneal)
     for i, (lr, _) in enumerate(rates_of(theirs, sgd, 14)):
         assert train.swa_rate(7 + i, 7, anneal, 0.4, 0.05) == pytest.approx(lr, rel=1e-9)
+
+
+def test_training_accuracy_on_soft_targets_is_the_share_of_what_was_chosen():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 0.0, 1.0]])
+    soft = torch.tensor([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0], [0.0, 0.0, 1.0]])
+    sums, count = utils.image_metrics(logits, soft)
+    assert sums.tolist() == pytest.approx([0.7 + 0.4 + 1.0]) and count == 3
+    assert utils.image_metrics(logits, torch.tensor([0, 0, 2]))[0].item() == 2
+
+
+def test_mixing_draws_anew_each_epoch():
+    config, _ = train.parse_flags("--model custom --mixup 0.5 --crop_padding 0 --flip False".split())
+    meta = {"image_size": 8, "num_classes": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    augment = train.image_augment(config, meta, torch.contiguous_format)
+    images, labels = torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2])
+    (a, s), (b, t), (c, u) = (augment(images, labels, torch.arange(6), epoch) for epoch in (0, 0, 1))
+    assert torch.equal(a, b) and torch.equal(s, t) and not torch.equal(a, c) and not torch.equal(s, u)

@@ -490,7 +490,7 @@ BAD_FLAGS = {
     "--depths 1,-1,1": "must be 3 integers from 0",
     "--widths 24,64,256,256": "--widths: is for custom",
     "--whiten": "--whiten: is for custom",
-    "--model sudoku_gnn --whiten": "--whiten: is for custom",
+    "--model sudoku_gnn --whiten": "--whiten: is for pictures",
     "--tta": "--tta: needs --evaluate or --predict",
     "--effective_batch 24": "--effective_batch 24: must be a multiple of the batch, 16",
     "--effective_batch 9999999999": "--effective_batch 9999999999: there are 3000 samples",

@@ -377,6 +377,9 @@ def test_the_views_of_a_board_are_put_back_and_change_nothing(made):
         once, again = (train.predict(lopsided, boards, data.sudoku_views) for boards in (puzzles, puzzles.flip(0)))
     assert (plain[-1] - averaged[-1]).abs().max() < 1e-4 and plain[-1].std() > 0.1
     assert torch.allclose(once[-1], again[-1].flip(0))  # a view is the same for every board
+    with torch.no_grad():
+        each = [restore(net(view)) for view, _, restore in list(data.sudoku_views(puzzles))]
+    assert all((restored - plain).abs().max() < 1e-4 for restored in each)
     boards, weights, _ = zip(*data.sudoku_views(puzzles))
     assert sum(weights) == pytest.approx(1) and len({tuple(b[0].tolist()) for b in boards}) == len(boards) == 8
 
@@ -595,13 +598,13 @@ PREDICT_FAULTS = {
     "--predict --input two.sdm --output a.sdk": "an .sdk file holds one board",
     "--predict --input two.sdm --output a.txt": "must be a .csv or .json or .sdm or .sdk file",
     "--predict none.pt --input two.sdm": "no such checkpoint",
-    "--predict --input two.sdm --epochs 3": "--epochs: --predict takes it from the checkpoint",
+    "--predict --input two.sdm --epochs 3": "--epochs: --predict does not read it",
     f"{SMALL} --data two.sdm": "has no solutions",
     f"{SMALL} --data p.csv --hidden 1000000": "--hidden: must be an integer at least 1 and at most 1024",
     f"{SMALL} --data=": "no such file or folder",
     f"{SMALL} --data nowhere.csv": "no such file or folder",
-    f"{SMALL} --data p.csv --cutout 4": "--cutout: is for custom",
-    "--model custom --grad_steps 2": "--grad_steps: is for sudoku_gnn",
+    f"{SMALL} --data p.csv --cutout 4": "--cutout: is for pictures",
+    "--model custom --grad_steps 2": "--grad_steps: is for puzzles",
     "--predict --input two.sdm --output two.sdm": "is the --input",
     "--predict --input two.sdm --resume": "--resume: does not go with --predict",
     "--search": "--search: needs --predict",

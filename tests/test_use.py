@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import save_folder
-from test_runs import ROOT, TINY, outcome, run, same
+from test_runs import ROOT, TINY, run, same
 
 import data
 import model
@@ -97,10 +97,17 @@ def test_a_perfect_and_a_certain_but_wrong_classifier():
 # ---------------------------------------------------------------------------------------- --evaluate
 
 
-def test_checkpoints_are_scored_side_by_side_and_written(capsys):
+def test_checkpoints_are_scored_side_by_side_and_written(monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     run("--ema_decay 0.9 --swa_start_epoch 1")
     capsys.readouterr()
+    shown, inner = {}, utils.save_contact_sheet
+
+    def spy(path, images, titles, heading):
+        shown.update(images=images, titles=titles, heading=heading)
+        return inner(path, images, titles, heading)
+
+    monkeypatch.setattr(utils, "save_contact_sheet", spy)
     names = ["best", "ema", "swa"]
     paths = [f"runs/run/{name}.pt" for name in names]
     assert main(["--evaluate", *paths, "--amp", "False", "--output", "all.json"]) == 0
@@ -112,9 +119,13 @@ def test_checkpoints_are_scored_side_by_side_and_written(capsys):
     assert [float(v.strip("*")) for v in table[1:]] == pytest.approx(values, abs=1e-4)
     assert [v.startswith("*") for v in table[1:]] == [v == max(values) for v in values]
     top = max(found, key=lambda row: row["accuracy"])
-    assert f"best accuracy: {top['checkpoint']}" in text
+    assert f"highest accuracy: {top['checkpoint']}" in text
     assert np.array(found[0]["confusion_matrix"]).sum() == 60 and found[0]["per_class"][0]["class"] == "bars"
     assert 0 < found[0]["latency_ms"] <= found[0]["latency_p95_ms"]
+    images = shown["images"]
+    assert shown["heading"].startswith(f"{top['checkpoint']} on test") and len(images) == len(shown["titles"]) > 5
+    confident = [int(title.split()[-1].strip("%")) for title in shown["titles"]]
+    assert confident == sorted(confident, reverse=True) and all("taken for" in title for title in shown["titles"])
     for kind in ("curves", "confusion", "reliability", "mistakes"):
         assert Path(f"all-{kind}.png").read_bytes().startswith(PNG), kind
     assert main(["--evaluate", *paths, "--amp", "False", "--output", "all.csv"]) == 0
@@ -122,6 +133,37 @@ def test_checkpoints_are_scored_side_by_side_and_written(capsys):
         rows = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in found]
     assert "per_class" not in rows[0] and rows[1]["checkpoint"] == paths[1]
+
+
+def test_checkpoints_of_different_data_are_not_marked(capsys):
+    run("--epochs 1")
+    run("--epochs 1", "other", TINY.replace("60", "50"))
+    capsys.readouterr()
+    assert main("--evaluate runs/run/best.pt runs/other/best.pt --amp False") == 0
+    text = capsys.readouterr().out
+    assert "different data" in text and "*" not in text and "highest" not in text
+
+
+def test_names_are_drawn_as_they_are_and_pictures_never_stop_an_evaluation():
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(3), 40)
+    labels = rng.integers(0, 3, 40)
+    report = utils.classification_report(p, labels)
+    Path("metrics.csv").write_text("a,b\n1,2\n")  # of another program
+    names = ["$\\frac$", "\u65e5\u672c", "a very long name that ends in " + "x" * 40]
+    meta = {"classes": names, "image_size": 8}
+    images = rng.integers(0, 256, (40, 10, 10, 2), dtype=np.uint8)  # two channels: grey by the first
+    result = {**report, "checkpoint": "net.pt", "split": "test", "tta": False}
+    made = utils.draw_report(Path("e.json"), result, (p, labels, images, meta))
+    assert [path.name for path in made] == ["e-confusion.png", "e-reliability.png", "e-mistakes.png"]
+    assert utils.short("a-very-long-class-name-1") != utils.short("a-very-long-class-name-2")
+
+
+def test_the_loss_of_a_certain_mistake_is_not_cut_off():
+    logits = torch.tensor([[200.0, 0.0], [0.0, 1.0]])
+    result, _ = train.image_report([(logits, torch.tensor([1, 1]))], None)
+    assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1])).item())
 
 
 def test_a_bad_checkpoint_among_several_prints_no_scores(capsys):
@@ -195,6 +237,18 @@ def test_views_change_a_prediction_and_agree_with_their_average(photos):
     assert [row["probability"] for row in tta[:4]] == pytest.approx(p.max(1).values.tolist(), abs=1e-4)
 
 
+def test_pictures_are_found_as_a_shell_would_find_them():
+    pytest.importorskip("PIL")
+    save_folder(Path("photos"), ("new",), count=2)
+    Path("photos/new/ant/._0.jpg").write_bytes(b"a Mac's")
+    Path("photos/new/ant/notes.txt").write_text("no picture")
+    assert data.find_pictures("photos/new/*") == data.find_pictures("photos") == data.find_pictures("photos", "photos")
+    assert len(data.find_pictures("photos")) == 4 and len(data.find_pictures("photos/new/a*/*.jpg")) <= 2
+    Path("c: d.png").write_bytes(b"x")
+    (_, _, ((path, error),)), = data.decode_pictures([Path("c: d.png")], 8)
+    assert path == Path("c: d.png") and "c: d.png" in str(error)
+
+
 def test_a_model_of_grey_images_reads_pictures_by_their_luma():
     image = pytest.importorskip("PIL.Image")
     rng = np.random.default_rng(0)
@@ -216,7 +270,7 @@ USE_FAULTS = {
     "--predict NET --input empty": "--input empty: no picture there",
     "--predict NET --input photos --output a.sdm": "custom writes .csv or .json",
     "--predict NET --input photos --search": "--search: is for puzzles",
-    "--predict NET --input photos --epochs 3": "--epochs: --predict takes it from the checkpoint",
+    "--predict NET --input photos --epochs 3": "--epochs: --predict does not read it",
     "--predict NET --input photos --message_steps 3": "--message_steps:",
     "--predict --input picture.jpg": "name the checkpoint that it is for: --predict CKPT",
     "--export NET": "--export: needs --output FILE.pt2 or FILE.onnx",
@@ -227,9 +281,13 @@ USE_FAULTS = {
     "--swa_lr 0.1": "--swa_lr: needs --swa_start_epoch",
     "--swa_start_epoch 4 --epochs 3": "--swa_start_epoch 4: must be at most --epochs 3",
     "--freeze_epochs 4 --epochs 3": "--freeze_epochs 4: must be at most --epochs 3",
-    "--model sudoku_gnn --mixup 0.2": "--mixup: is for custom",
-    "--model sudoku_gnn --freeze_epochs 1": "--freeze_epochs: is for custom",
-    "--mixup nan": "--mixup: must be a number",
+    "--model sudoku_gnn --mixup 0.2": "--mixup: is for pictures",
+    "--model sudoku_gnn --freeze_epochs 1": "--freeze_epochs: is for pictures",
+    "--mixup nan": "--mixup: must be a number at least 0 and at most 100",
+    "--cutmix 1e9": "--cutmix: must be a number at least 0 and at most 100",
+    "--swa_start_epoch 2 --freeze_epochs 2": "--swa_start_epoch 2: must be above --freeze_epochs",
+    "--freeze_epochs 1 --lr auto": "--freeze_epochs: the sweep is of the whole network",
+    "--predict empty --input photos": "empty: no such checkpoint; give a .pt file of a run",
     "--sam_rho -1": "--sam_rho: must be a number at least 0",
 }
 
@@ -302,8 +360,11 @@ def test_the_other_networks_export_too(name):
     net = model.build_model(name, 9, 1 if name == "sudoku_gnn" else 3, **arguments)
     for p in net.parameters():
         p.data += torch.randn_like(p) * 0.02
-    meta = {"model": name, "num_classes": 9, "in_channels": 1 if name == "sudoku_gnn" else 3, "arguments": arguments,
-            "classes": list("123456789"), "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}  # fmt: skip
+    size = [] if name == "sudoku_gnn" else [1.0] * 3
+    meta = {"model": name, "num_classes": 9, "in_channels": len(size) or 1, "arguments": arguments,
+            "classes": list("123456789"), "image_size": 32, "mean": [v / 2 for v in size],
+            "std": [v / 4 for v in size]}  # fmt: skip
+    before = model.Conv2d.tuned_on
     utils.save_checkpoint("net.pt", {"model": net.state_dict(), "meta": meta})
     assert main("--export net.pt --output net.pt2") == 0
     shape = (4, 81) if name == "sudoku_gnn" else (4, 32, 32, 3)
@@ -312,6 +373,7 @@ def test_the_other_networks_export_too(name):
     with torch.no_grad():
         plain = inputs if name == "sudoku_gnn" else data.centre(inputs, 32, meta["mean"], meta["std"])
         outputs = net.eval()(plain)[-1] if name == "sudoku_gnn" else net.eval()(plain)
+    assert model.Conv2d.tuned_on == before
     assert (found.sum(-1) - 1).abs().max() < 1e-5 and torch.allclose(found, outputs.softmax(-1), atol=1e-5)
 
 
@@ -331,6 +393,17 @@ def test_an_export_that_differs_is_not_written(monkeypatch, capsys):
 # ------------------------------------------------------------------------------- averaging and freezing
 
 
+def val_loss(weights):
+    """Of a state dict on the validation images of TINY, by hand."""
+    state, fresh, _ = train.prepare_run(train.parse_flags(TINY.split())[0])
+    state.model.load_state_dict(weights)
+    with torch.no_grad():
+        pairs = [(state.model.eval()(fresh.prepare(images)), labels)
+                 for images, labels, _ in fresh.fetch_val(fresh.val_order)]  # fmt: skip
+    logits, labels = (torch.cat(column) for column in zip(*pairs))
+    return torch.nn.functional.cross_entropy(logits, labels).item()
+
+
 def test_swa_is_the_mean_of_the_epochs_with_statistics_of_the_training_data(monkeypatch):
     ends, inner = [], utils.save_checkpoint
 
@@ -348,9 +421,15 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_the_training_data(monk
             assert torch.allclose(tensor, sum(end[name] for end in ends[1:]) / 3, atol=1e-6), name
     assert "swa_accuracy" not in rows[0] or not rows[0]["swa_accuracy"]
     assert all(rows[i]["swa_accuracy"] for i in (1, 2, 3)) and "swa loss" in log
-    assert float(rows[1]["lr"]) != pytest.approx(0.01) and float(rows[3]["lr"]) == pytest.approx(0.01)
+    config = train.parse_flags(f"{TINY} --epochs 4 --swa_start_epoch 2 --swa_lr 0.01".split())[0]
+    plain = train.onecycle(1, 8, 0.003, 0.3, 25.0, 1e4)[0]  # two steps an epoch; the last of the first one
+    expected = [plain, *(train.swa_rate(step, 2, 2, plain, 0.01) for step in (3, 5, 7))]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected) and expected[2] == 0.01
+    for name in ("swa", "val"):  # what is written is what the checkpoints are worth
+        weights = averaged if name == "swa" else last["model"]
+        assert float(rows[3][f"{name}_loss"]) == pytest.approx(val_loss(weights), rel=1e-4)
+    assert val_loss(averaged) != pytest.approx(val_loss(last["model"]), rel=1e-3)
     # the first BatchNorm's statistics, batch by batch, equally weighed
-    config = train.parse_flags(f"{TINY} --epochs 4".split())[0]
     state, fresh, _ = train.prepare_run(config)
     stem = state.model.stem
     state.model.load_state_dict(averaged)
@@ -365,10 +444,18 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_the_training_data(monk
 
 
 def test_best_can_go_by_the_averaged_weights():
-    run("--epochs 3 --swa_start_epoch 2 --monitor swa_loss")
+    _, rows, _ = run("--epochs 3 --swa_start_epoch 2 --monitor swa_loss")
     best, averaged = (utils.load_checkpoint(f"runs/run/{name}.pt") for name in ("best", "swa"))
-    assert best["metrics"]["swa_loss"] == min(float(row["swa_loss"]) for row in outcome("run")[1] if row["swa_loss"])
-    assert best["step"] <= averaged["step"]
+    losses = [float(row["swa_loss"]) for row in rows if row["swa_loss"]]
+    assert val_loss(best["model"]) == pytest.approx(min(losses), rel=1e-4)
+    assert val_loss(averaged["model"]) == pytest.approx(losses[-1], rel=1e-4)
+
+
+def test_averaged_statistics_do_not_depend_on_the_loader():
+    """EfficientNet draws dropout and stochastic depth while its statistics are recomputed."""
+    flags = "--model efficientnet_b0 --image_size 32 --max_samples 24 --batch_size 8 --epochs 1 --swa_start_epoch 1"
+    found = [run("--amp False" + more, f"run{i}", flags)[0] for i, more in enumerate(("", " --workers 0"))]
+    assert same(found[0]["swa"], found[1]["swa"]) and same(found[0]["model"], found[1]["model"])
 
 
 def test_the_backbone_stays_while_it_is_frozen(monkeypatch):
@@ -431,7 +518,7 @@ def test_one_command_draws_the_curves_of_a_run():
     Path("bad.csv").write_text("a,b\n1,2\n")
     done = subprocess.run([*command, "bad.csv"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "bad.csv: no metrics.csv" in done.stderr
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="none.csv: cannot be read"):
         utils.curves("none.csv")
 
 
