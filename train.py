@@ -1430,12 +1430,12 @@ class Run:
     log: Callable = print
 
 
-def prepare_run(config, fresh=True):
+def prepare_run(config, resumed=None):
     """(state, run, lines that say what is about to happen); ValueError or OSError for bad input.
 
-    Pretrained weights are read where `fresh`; a resumed run has its own.
+    `resumed` is the metadata of a run that goes on, which has its weights and statistics.
     """
-    config = dict(config)
+    config, fresh = dict(config), resumed is None
     device = utils.pick_device(config["device"])
     memory_format = pick_memory_format(config["channels_last"], device)
     settings = utils.tune(device, config["deterministic"], config["memory_gb"])
@@ -1462,8 +1462,9 @@ def prepare_run(config, fresh=True):
         raise ValueError(f"--effective_batch {config['effective_batch']}: there are {len(train)} samples; give less")
     if config["batch_size"] != "auto" and config["batch_size"] > len(train):
         raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
-    rgb_statistics = (IMAGENET_MEAN, IMAGENET_STD) if config["pretrained"] and channels == 3 else None
-    mean, std = rgb_statistics or (source.mean, source.std)
+    weights, origin = pretrained_weights(config) if config["pretrained"] and fresh else ({}, resumed or {})
+    fits = origin and len(origin["mean"]) == len(source.mean)  # weights want the statistics they were trained with
+    mean, std = (origin["mean"], origin["std"]) if fits else (source.mean, source.std)
     meta = {
         "model": config["model"], "num_classes": len(source.classes), "in_channels": channels,
         "arguments": family.arguments(config, source), "classes": source.classes, "image_size": source.image_size,
@@ -1485,7 +1486,7 @@ def prepare_run(config, fresh=True):
         models.whiten_stem(model, (prepare(torch.from_numpy(np.array(train.images[part]))) for part in some))
     if config["pretrained"] and fresh:
         try:
-            models.load_backbone(model, pretrained_weights(config))
+            models.load_backbone(model, weights)
         except ValueError as error:
             raise ValueError(f"--pretrained {config['pretrained']}: {error}") from None
     model.to(device, memory_format=memory_format)
@@ -1640,21 +1641,30 @@ def pick_memory_format(channels_last, device):
 
 
 def pretrained_weights(config):
-    """The state dict of --pretrained: a file, or the official one through torch's hub cache and hash check."""
+    """(the state dict of --pretrained, metadata with the mean and standard deviation of its training images).
+
+    From a file, this kit's or with ImageNet's statistics, or the official one through torch's hub cache and hash check.
+    """
+    imagenet = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if config["pretrained"] != "official":
-        found = utils.load_checkpoint(config["pretrained"], legacy=True)
-        return found.get("model", found)
+        try:
+            found = utils.load_checkpoint(config["pretrained"], legacy=True)
+        except ValueError as error:
+            raise ValueError(f"--pretrained {error}") from None
+        return found.get("model", found), found.get("meta", imagenet)
     if config["model"] != "efficientnet_b0":
-        raise ValueError("only efficientnet_b0 has official weights; give a file")
+        raise ValueError("--pretrained official: only efficientnet_b0 has official weights; give a file")
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     older, newer = "efficientnet_b0_rwightman-3dd342df.pth", "efficientnet_b0_rwightman-7f5810bc.pth"
     name = older if (hub / older).is_file() and not (hub / newer).is_file() else newer
     try:
-        return torch.hub.load_state_dict_from_url(
+        found = torch.hub.load_state_dict_from_url(
             f"https://download.pytorch.org/models/{name}", map_location="cpu", check_hash=True, weights_only=True
         )
+        return found, imagenet
     except (OSError, RuntimeError) as error:  # no network, or a hash that differs
-        raise ValueError(f"cannot be fetched ({utils.one_line(error)}); give a file: --pretrained {name}") from None
+        why = utils.one_line(error)
+        raise ValueError(f"--pretrained: cannot be fetched ({why}); give a file: --pretrained {name}") from None
 
 
 def check_monitor(config, task, has_val):
@@ -1774,7 +1784,7 @@ def main(argv=None):
             if folder.exists() and not config["find_lr"]:
                 raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
         utils.trackers_available(config["tensorboard"], config["wandb"])
-        state, run, lines = prepare_run(config, fresh=saved is None)
+        state, run, lines = prepare_run(config, saved and saved["meta"])
         if saved is not None:
             check_same_run(saved, run)
             state.load(saved)

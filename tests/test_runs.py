@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,6 +394,20 @@ def test_pretrained_takes_a_file_and_keeps_the_backbone(capsys):
     with pytest.raises(SystemExit):
         train.main("--pretrained b0.pth --image_size 32 --max_samples 60".split())
     assert "features.0.0.weight is missing" in capsys.readouterr().err
+
+
+def test_pretrained_weights_of_a_run_bring_their_statistics_which_a_resumed_run_keeps(monkeypatch):
+    rng = np.random.default_rng(0)
+    np.savez("dark.npz", x=rng.integers(0, 90, (60, 24, 24, 3), dtype=np.uint8), y=np.arange(60) % 3)
+    run(f"--data dark.npz {'--epochs 1'}", "first")
+    first = utils.load_checkpoint("runs/first/best.pt")["meta"]
+    flags = "--pretrained runs/first/best.pt --freeze_epochs 1"
+    run_stopped(monkeypatch, 1, flags, "second")
+    shutil.rmtree("runs/first")
+    assert train.main(["--resume", "second"]) == 0
+    second = utils.load_checkpoint("runs/second/best.pt")["meta"]
+    assert second["mean"] == first["mean"] and second["std"] == first["std"] and len(second["classes"]) == 10
+    assert train.prepare_run(train.parse_flags(TINY.split())[0])[1].meta["mean"] != first["mean"]
 
 
 def test_pretrained_alone_asks_for_the_official_file_with_its_hash(monkeypatch, tmp_path):

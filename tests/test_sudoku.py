@@ -591,6 +591,17 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(puzzle_fil
     assert "5 of 7 solved" in predict(capsys, "runs/a/best.pt", "--input", "out.csv", "--search")  # reads back
 
 
+def test_prediction_of_puzzles_takes_the_views_with_tta(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("two.sdm").write_text("\n".join(ROYLE[:2]))
+    taken, views = [], data.sudoku_views
+    monkeypatch.setattr(data, "sudoku_views", lambda boards: (taken.append(len(boards)), views(boards))[1])
+    for flags, calls in ([], 0), (["--tta"], 1):
+        assert train.main(["--predict", "--input", "two.sdm", "--message_steps", "2", *flags]) == 0
+        assert len(taken) == calls
+    assert "0 of 2 solved" in capsys.readouterr().out
+
+
 PREDICT_FAULTS = {
     "--predict": "--predict: needs --input PATH",
     "--predict --input none.sdk": "is no file",
