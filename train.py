@@ -900,10 +900,9 @@ def fit(state, run, stop=()):
         if state.swa is not None and state.epoch >= config["swa_start_epoch"]:
             state.swa.update_parameters(state.model)
             averaged = recompute_statistics(state, run, epoch) if whole else None
-        scored_models = {"val": (state.model, None), "ema": (state.model, state.ema), "swa": (averaged, None)}
-        for name, (model, weights) in scored_models.items():
-            there = model is not None if name != "ema" else weights is not None
-            if run.fetch_val and len(order) and there:
+        kinds = {"val": (state.model, None), "ema": (state.ema and state.model, state.ema), "swa": (averaged, None)}
+        for name, (model, weights) in kinds.items():
+            if run.fetch_val and len(order) and model is not None:
                 most = state.micro_batch and 2 * state.micro_batch
                 batches = (part for batch in run.fetch_val(order) for part in split([batch], most))
                 found = evaluate(model, batches, task, run.prepare, run.dtype, weights)
@@ -922,7 +921,7 @@ def fit(state, run, stop=()):
         state.finished = bool(state.epoch == config["epochs"] or patience_gone)
         try:
             if since == 0:
-                model, weights = scored_models.get(monitor.split("_")[0], (state.model, None))
+                model, weights = kinds.get(monitor.split("_")[0], (state.model, None))
                 export("best.pt", weights or model.state_dict(), row)
             if state.ema is not None:
                 export("ema.pt", state.ema, row)
