@@ -290,10 +290,10 @@ def timm_to_torchvision(name):
     return f"features.{int(stage) + 1}.{j}.block.{inner}.{leaf}"
 
 
-def load_backbone(model, weights):
+def load_backbone(model, weights, new_head=False):
     """Copy `weights` (a state dict: the kit's, torchvision's, or timm's for B0) into `model`.
 
-    The head is kept new where the number of classes differs, and a stem for one channel takes the
+    The head stays new where that is asked for or the number of classes differs, and a stem for one channel takes the
     sum over the three of the weights. Everything else must fit: raises ValueError naming the first
     tensor that is missing, left over or of another shape.
     """
@@ -302,7 +302,7 @@ def load_backbone(model, weights):
         weights = {timm_to_torchvision(name): tensor for name, tensor in weights.items()}
     weights = dict(weights)
     head = [name for name in ("head.weight", "head.bias", "classifier.1.weight", "classifier.1.bias") if name in own]
-    if any(name in weights and weights[name].shape != own[name].shape for name in head):
+    if new_head or any(name in weights and weights[name].shape != own[name].shape for name in head):
         weights.update({name: own[name] for name in head})
     stem = next(iter(own))
     if stem in weights and own[stem].shape[1] == 1 < weights[stem].shape[1]:

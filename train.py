@@ -1485,7 +1485,7 @@ def prepare_run(config, resumed=None):
         models.whiten_stem(model, (prepare(torch.from_numpy(np.array(train.images[part]))) for part in some))
     if config["pretrained"] and fresh:
         try:
-            models.load_backbone(model, weights)
+            models.load_backbone(model, weights, new_head=origin.get("classes", source.classes) != source.classes)
         except ValueError as error:
             raise ValueError(f"--pretrained {config['pretrained']}: {error}") from None
     model.to(device, memory_format=memory_format)

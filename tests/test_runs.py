@@ -406,6 +406,10 @@ def test_pretrained_weights_of_a_run_bring_their_statistics_which_a_resumed_run_
     shutil.rmtree("runs/first")
     assert train.main(["--resume", "second"]) == 0
     second = utils.load_checkpoint("runs/second/best.pt")["meta"]
+    np.savez("ten.npz", x=rng.integers(0, 90, (60, 24, 24, 3), dtype=np.uint8), y=np.arange(60) % 10)
+    config, _ = train.parse_flags(f"{TINY} --data ten.npz --pretrained runs/second/best.pt".split())
+    other = train.prepare_run(config)[0].model  # ten classes as well, but others
+    assert not other.head.weight.any() and utils.load_checkpoint("runs/second/best.pt")["model"]["head.weight"].any()
     assert second["mean"] == first["mean"] and second["std"] == first["std"] and len(second["classes"]) == 10
     assert train.prepare_run(train.parse_flags(TINY.split())[0])[1].meta["mean"] != first["mean"]
 
