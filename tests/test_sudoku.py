@@ -636,11 +636,11 @@ def test_a_bad_sudoku_call_is_one_line_status_2_and_nothing_written(puzzle_file,
 
 
 def test_data_py_writes_a_set(tmp_path):
-    command = [sys.executable, str(Path(data.__file__)), *"--level hard --count 5 --seed 1 --output".split()]
+    command = [sys.executable, str(Path(data.__file__)), *"--level medium --count 5 --seed 1 --output".split()]
     done = subprocess.run([*command, tmp_path / "h.csv"], capture_output=True, text=True)
-    assert done.returncode == 0 and "5 hard puzzles" in done.stdout
+    assert done.returncode == 0 and "5 medium puzzles" in done.stdout
     puzzles, solutions = data.read_sudoku(tmp_path / "h.csv")
-    assert np.array_equal(puzzles, data.generate(5, "hard", 1)[0]) and len(solutions) == 5
+    assert np.array_equal(puzzles, data.generate(5, "medium", 1)[0]) and len(solutions) == 5
     help_text = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
     assert "example: python data.py --level hard" in help_text
     for output in ("h.txt", "h.sdk", "nowhere/h.csv"):
