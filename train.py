@@ -1208,10 +1208,10 @@ def image_centre(meta, memory_format):
 
 def image_report(pairs, task):
     """`utils.classification_report`, and (probabilities float32 [N, K], labels [N]) that pictures are drawn from."""
-    logits, labels = (torch.cat([x.cpu() for x in column]) for column in zip(*pairs))
+    logits, labels = (torch.cat(column) for column in zip(*pairs))
     loss = models.image_loss(logits, labels).item() / len(labels)  # probabilities of float32 end at 1e-38
     p, labels = logits.float().softmax(1).numpy(), labels.numpy()
-    return {**utils.classification_report(p, labels), "loss": loss}, (p, labels)
+    return {"loss": loss, **utils.classification_report(p, labels)}, (p, labels)
 
 
 def image_samples(state, run):
@@ -1650,7 +1650,9 @@ def pretrained_weights(config):
             found = utils.load_checkpoint(config["pretrained"], legacy=True)
         except ValueError as error:
             raise ValueError(f"--pretrained {error}") from None
-        return found.get("model", found), found.get("meta", imagenet)
+        meta = found.get("meta")
+        own = isinstance(meta, dict) and {"mean", "std"} <= meta.keys()
+        return found.get("model", found), meta if own else imagenet
     if config["model"] != "efficientnet_b0":
         raise ValueError("--pretrained official: only efficientnet_b0 has official weights; give a file")
     hub = Path(torch.hub.get_dir()) / "checkpoints"
@@ -1868,7 +1870,8 @@ def report_find_lr(state, run, output):
 def load_model(path, config):
     """(model on the device in eval mode, its metadata, device, dtype) of a checkpoint; ValueError for a bad one."""
     found = utils.load_checkpoint(path)
-    if "meta" not in found or "model" not in found:
+    needed = {"model", "num_classes", "in_channels", "arguments", "classes", "image_size", "mean", "std"}
+    if not isinstance(found.get("meta"), dict) or not needed <= found["meta"].keys() or "model" not in found:
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
     meta, device = {"stored_size": found["meta"]["image_size"], **found["meta"]}, utils.pick_device(config["device"])
     if config["message_steps"]:
@@ -1889,7 +1892,8 @@ def run_evaluate(config, given):
     results, best, drawn = [], None, None
     for path in config["evaluate"]:
         result, task, pictures = score(path, config, given)
-        head = f"{path} on {result['samples']:,} {result['split']} {task.unit}".replace(" all ", " ")
+        split = "" if result["split"] == "all" else f"{result['split']} "
+        head = f"{path} on {result['samples']:,} {split}{task.unit}"
         lines = [f"{head}{', with --tta' * result['tta']}: {metrics_line(result, task)}"]
         if len(config["evaluate"]) == 1:
             lines += ["  " + line for line in utils.report_lines(result, task.unit)]

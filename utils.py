@@ -89,7 +89,7 @@ def load_checkpoint(path, legacy=False):
             if damaged:
                 raise ValueError(f"{path}: damaged at {damaged}; use another checkpoint of the run")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:  # the last is torch's own
         raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
     except torch.serialization.pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and primitives, so it was not loaded") from None
@@ -505,9 +505,8 @@ def classification_report(p, labels):
     }  # fmt: skip
     means = {f"macro_{name}": scores[name].mean() for name in ("precision", "recall", "f1")}
     means |= {f"weighted_{name}": scores[name] @ support / count for name in ("precision", "recall", "f1")}
-    true = p[np.arange(count), labels].astype(float)
     return {
-        "loss": -np.log(true.clip(np.finfo(np.float32).tiny)).mean(), "accuracy": right.sum() / count,
+        "accuracy": right.sum() / count,
         "top5_accuracy": (order == labels[:, None]).any(1).mean(), **means,
         "mean_average_precision": scores["average_precision"][support > 0].mean(),
         "calibration_error": calibration(p, labels)[0], "confidence": p.max(1).mean(),

@@ -392,6 +392,19 @@ def test_a_scale_of_fp16_leaves_the_sharpness_aware_step_as_it_is():
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sharpness_aware_step_in_half_precision_is_the_one_of_float32(dtype):
+    moves = {}
+    for used, rho in ((torch.float32, 1.0), (dtype, 1.0), (torch.float32, 0.0)):
+        state = plain_sgd(make_state(torch.float32, fp16=used == torch.float16))
+        before = nn.utils.parameters_to_vector(state.parameters).detach().clone()
+        window = make_window([5, 4, 2], torch.float32)
+        assert step(state, window, dtype=used, sam_rho=rho, clip_grad_norm=1.0)[2]
+        moves[used, rho] = nn.utils.parameters_to_vector(state.parameters).detach() - before
+    far = lambda key: (moves[key] - moves[torch.float32, 1.0]).norm() / moves[torch.float32, 1.0].norm()
+    assert far((dtype, 1.0)) < 0.03 < 0.1 < far((torch.float32, 0.0))
+
+
 def test_the_second_pass_holds_buffers_and_draws_again():
     """Buffers move as in a plain step, and dropout masks are those of the first pass."""
     masks, states = [], []

@@ -79,7 +79,9 @@ def test_the_report_of_a_case_worked_out_by_hand():
     p = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])
     found = utils.classification_report(p, np.array([0, 0, 1, 1]))
     assert found["confusion_matrix"].tolist() == [[2, 0], [1, 1]] and found["accuracy"] == 0.75
-    assert found["loss"] == pytest.approx(-(np.log(0.9) + np.log(0.6) + np.log(0.8) + np.log(0.3)) / 4)
+    pairs = [(torch.from_numpy(np.log(p)), torch.tensor([0, 0, 1, 1]))]
+    loss = train.image_report(pairs, None)[0]["loss"]
+    assert loss == pytest.approx(-(np.log(0.9) + np.log(0.6) + np.log(0.8) + np.log(0.3)) / 4)
     assert found["confidence"] == pytest.approx(0.75) and found["top5_accuracy"] == 1.0
     # bins of 1/15: each sample alone, so the error is the mean of |right - confidence|
     assert found["calibration_error"] == pytest.approx((0.1 + 0.4 + 0.2 + 0.7) / 4)
@@ -90,8 +92,8 @@ def test_the_report_of_a_case_worked_out_by_hand():
 def test_a_perfect_and_a_certain_but_wrong_classifier():
     labels = np.array([0, 1, 2, 1])
     good, bad = (utils.classification_report(np.eye(3)[chosen], labels) for chosen in (labels, [1] * 4))
-    assert good["loss"] == good["calibration_error"] == 0 and good["macro_f1"] == good["mean_average_precision"] == 1
-    assert bad["accuracy"] == bad["calibration_error"] == 0.5 and np.isfinite(bad["loss"])
+    assert good["calibration_error"] == 0 and good["macro_f1"] == good["mean_average_precision"] == 1
+    assert bad["accuracy"] == bad["calibration_error"] == 0.5 and bad["entropy"] == 0
 
 
 # ---------------------------------------------------------------------------------------- --evaluate
@@ -290,6 +292,7 @@ USE_FAULTS = {
     "--cutmix 1e9": "--cutmix: must be a number at least 0 and at most 100",
     "--swa_start_epoch 2 --freeze_epochs 2": "--swa_start_epoch 2: must be above --freeze_epochs",
     "--freeze_epochs 1 --lr auto": "--freeze_epochs: the sweep is of the whole network",
+    "--predict FOREIGN --input photos": "FOREIGN: has no metadata",
     "--predict empty --input photos": "empty: no such checkpoint; give a .pt file of a run",
     "--sam_rho -1": "--sam_rho: must be a number at least 0",
 }
@@ -301,6 +304,8 @@ def test_a_bad_use_is_one_line_status_2_and_nothing_written(flags, capsys):
     Path("photos").mkdir()
     Path("photos/a.jpg").write_bytes(b"x")
     Path("picture.jpg").write_bytes(b"x")
+    if "FOREIGN" in flags:
+        utils.save_checkpoint("FOREIGN", {"model": {}, "meta": {"epoch": 3}})
     if "NET" in flags:
         meta = {"model": "custom", "num_classes": 2, "in_channels": 3, "arguments": {}, "classes": ["a", "b"],
                 "image_size": 24, "stored_size": 24, "mean": [0.5] * 3, "std": [0.5] * 3}  # fmt: skip
