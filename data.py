@@ -1362,9 +1362,20 @@ def chunks(order, batch_size):
     return pieces
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C reaches every process of the terminal: the main one finishes its step, so workers go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def share(pieces, size, rank, ranks):
+    """The pieces of one of several processes: every ranks-th of each window of size * ranks.
+
+    Where its share of the last window would be empty, the last piece stands in there, so that all have as many windows.
+    """
+    mine = pieces[rank::ranks]
+    windows = lambda count: -(-count // size)
+    return mine + pieces[-1:] * (windows(len(mine)) < windows(len(pieces[::ranks])))
+
+
+def ignore_signals(worker):
+    """Ctrl-C or a shutdown may reach every process: the main one finishes its step, so workers go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Gather(torch.utils.data.Dataset):
@@ -1379,19 +1390,21 @@ class Gather(torch.utils.data.Dataset):
         return torch.from_numpy(images), torch.from_numpy(self.split.labels[index])
 
 
-def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
+def batches(split, batch_size, device, resident_bytes=2**30, workers=None, timeout=600):
     """A function that yields the batches of an order: fetch(order, start=0) from batch `start` on.
 
+    The order is of samples, or a list of batches of them, as `chunks` and `share` give.
     Each batch is (rows of the images, of the labels, index int64 [B] on the CPU). A split of
     at most `resident_bytes` is moved to the device once; a larger one, or any where `workers` is
-    given, goes through a DataLoader. Both give the same batches.
+    given, goes through a DataLoader, whose workers may be silent for `timeout` seconds. Both give the same batches.
     """
+    cut = lambda order, start: (order if isinstance(order, list) else chunks(order, batch_size))[start:]
     if workers is None and split.images.nbytes <= resident_bytes:
         images = torch.from_numpy(np.array(split.images[np.arange(len(split))])).to(device)
         labels = torch.from_numpy(split.labels).to(device)
 
         def fetch(order, start=0):
-            for index in chunks(order, batch_size)[start:]:
+            for index in cut(order, start):
                 rows = index.to(device)
                 yield images.index_select(0, rows), labels[rows], index  # images[rows] takes 15 times as long
 
@@ -1407,11 +1420,11 @@ def batches(split, batch_size, device, resident_bytes=2**30, workers=None):
         Gather(split), sampler=pieces, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None, persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each pass draws from the one that dropout draws from
-        worker_init_fn=ignore_interrupt if workers else None,
+        worker_init_fn=ignore_signals if workers else None, timeout=timeout if workers else 0,
     )  # fmt: skip
 
     def fetch(order, start=0):
-        pieces[:] = chunks(order, batch_size)[start:]
+        pieces[:] = cut(order, start)
         for (images, labels), index in zip(loader, list(pieces)):
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index
 

@@ -9,6 +9,7 @@
     python train.py --predict runs/NAME/best.pt --input photos/new/    # classes of pictures
     python train.py --predict --input puzzle.sdk                       # solve a Sudoku
     python train.py --export runs/NAME/best.pt --output model.pt2      # for torch.export's runtimes, or .onnx
+    torchrun --nproc_per_node 2 train.py --run_name NAME               # a process a GPU, or several on CPUs
 
 A *step* is one optimizer update over a window of up to accumulation_steps batches; schedules, EMA,
 logs and saves count in steps. Order, augmentation and dropout are functions of the seed and of the
@@ -20,6 +21,8 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
+import gc
 import itertools
 import json
 import math
@@ -37,8 +40,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
@@ -63,7 +68,7 @@ WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --pr
 MOST_SHOWN, MAX_GUESSES = 100, 100_000  # predictions on the terminal; of --search
 TRACK_EVERY = 50  # steps between what --tensorboard and --wandb get within an epoch
 FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "quiet", "run_name", "cache_dir", "data",
-                  "memory_gb", "checkpoint_activations")  # fmt: skip
+                  "memory_gb", "checkpoint_activations", "timeout")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- the flags
@@ -136,7 +141,8 @@ class Parser(argparse.ArgumentParser):
 def fail(message):
     """End with exit status 2 and one line on standard error."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"error: {line}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -221,6 +227,8 @@ def build_parser():
     recompute = "compute them again in the backward pass in place of keeping them"
     add("--checkpoint_activations", type=boolean, nargs="?", const=True, default=False, help=recompute)
     add("--deterministic", type=boolean, nargs="?", const=True, default=True, help="cuDNN too, for bitwise resume")
+    add("--timeout", type=rate, default=600.0, help="seconds that a loader worker or another process may be silent")
+    add("--sync_batchnorm", type=boolean, nargs="?", const=True, default=False, help="torchrun: over all GPUs")
     modes = ["off", "default", "max-autotune-no-cudagraphs"]  # CUDA graphs reuse the memory of accumulated gradients
     add("--compile", choices=modes, nargs="?", const="default", default="off", help="torch.compile, where it works")
 
@@ -378,7 +386,8 @@ class TrainState:
     gradient_norm: float = 0.0  # before clipping, smoothed over good steps
     history: list = field(default_factory=list)  # a dict an epoch: metrics.csv
     finished: bool = False
-    forward: Callable | None = None  # the model, compiled where asked; not saved
+    forward: Callable | None = None  # the model, compiled or distributed where asked; not saved
+    stop: bool = False  # that this process asks to stop; after a step, that any one does; not saved
 
     PLAIN = tuple(
         "step epoch epoch_step bad_steps bad_in_a_row micro_batch seconds gradient_norm history finished".split()
@@ -594,7 +603,7 @@ def keep_both(images, targets, index):
 
 
 def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0,
-               seed=None, sam_rho=0.0):  # fmt: skip
+               seed=None, sam_rho=0.0, idle=False):  # fmt: skip
     """Mutates `state`: one optimizer update from a window of batches (images, targets, index).
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient of
@@ -604,6 +613,9 @@ def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip
     buffer, optimizer state or EMA. Where memory runs out, the window is done again in halved batches
     with the same randomness, and `state.micro_batch` keeps their size. Returns (Sums, gradient norm,
     whether the step was good).
+
+    Among several processes each has its share of the window, `idle` where it is none and stands in for one; sums,
+    gradients, `state.stop` and all that is decided are those of all. Float buffers, as BatchNorm's, become their mean.
     """
     held = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:
@@ -612,7 +624,7 @@ def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip
     def one_pass():
         if seed is not None:
             set_seed(seed, state.parameters[0].device)
-        return accumulate(state, split(window, state.micro_batch), task, augment, dtype)
+        return accumulate(state, split(window, state.micro_batch), task, augment, dtype, idle)
 
     sums = None
     while sums is None:
@@ -621,17 +633,22 @@ def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip
             first_norm = sharpness_aware(state, sam_rho, one_pass) if sam_rho else 0.0
             sums = found
         except RuntimeError as error:
+            if not utils.out_of_memory(error):
+                raise
             largest = max(len(images) for images, *_ in split(window, state.micro_batch))
-            if not utils.out_of_memory(error) or largest < 4:  # BatchNorm needs two
+            largest = int(utils.over_all(torch.tensor(largest), "MAX"))
+            if largest < 4:  # BatchNorm needs two
                 raise
             state.micro_batch = largest // 2
         if sums is None:  # past the except clause, which holds on to the tensors of the pass that failed
             undo(state, held)
+            distribute(state)
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state)
     norm_value, rest = torch.stack((norm, sums.loss + first_norm)).tolist()  # the step's one synchronisation
     good = math.isfinite(norm_value + rest)
     if good:
+        average_buffers(state)
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(state.parameters, clip_grad_norm, norm)
         state.scaler.step(state.optimizer)
@@ -673,20 +690,76 @@ def sharpness_aware(state, rho, one_pass):
     return norm
 
 
-def accumulate(state, window, task, augment, dtype):
-    """Mutates the gradients of `state`: adds those of the window's mean loss; the window's Sums."""
+def accumulate(state, window, task, augment, dtype, idle=False):
+    """Mutates the gradients of `state`: adds those of the window's mean loss; the window's Sums.
+
+    Among several processes both are those of all, and where memory ran out in one, all raise OutOfMemoryError.
+    """
     forward = state.model if state.forward is None else state.forward
-    counts = [task.items(targets) for _, targets, _ in window]
-    items, sums = sum(counts), None
-    for (images, targets, index), count in zip(window, counts):
-        with autocast(images.device, dtype):
-            inputs, targets = augment(images, targets, index)
-            outputs = forward(inputs)
-            loss = task.loss(outputs, targets)
-        state.scaler.scale(loss).backward(loss.new_ones(()) / items)  # as that of loss / items, two operations less
-        found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
-        sums = found if sums is None else sums.plus(found)
+    ranks, device = utils.world()[1], state.parameters[0].device
+    counts = [0 if idle else task.items(targets) for _, targets, _ in window]
+    items, sums, error = sum(counts), no_sums(task, device) if idle else None, None
+    if ranks > 1:
+        items = utils.over_all(torch.as_tensor(items, device=device).float()) / ranks  # DDP takes the mean over ranks
+    try:
+        for i, ((images, targets, index), count) in enumerate(zip(window, counts)):
+            silent = ranks > 1 and i + 1 < len(window)  # the last batch of a window alone sends gradients
+            with forward.no_sync() if silent else contextlib.nullcontext():
+                with autocast(images.device, dtype):
+                    inputs, targets = augment(images, targets, index)
+                    outputs = forward(inputs)
+                    loss = task.loss(outputs, targets)
+                # as that of loss / items, two operations less
+                state.scaler.scale(loss).backward(loss.new_full((), not idle) / items)
+            if not idle:
+                found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
+                sums = found if sums is None else sums.plus(found)
+    except RuntimeError as raised:
+        if ranks == 1 or not utils.out_of_memory(raised):
+            raise
+        error = utils.one_line(raised)
+    if ranks == 1:
+        return sums
+    if error:  # in place of the gradients, which the others wait for
+        dist.all_reduce(torch.full((sum(p.numel() for p in state.parameters if p.requires_grad),), math.nan,
+                                   dtype=state.parameters[0].dtype, device=device))  # fmt: skip
+        sums = no_sums(task, device)
+    sums, (failed, stop) = over_all(sums, task, device, bool(error), state.stop)
+    if failed:
+        raise torch.OutOfMemoryError(error or "out of memory in another process")
+    state.stop = bool(stop)
     return sums
+
+
+def over_all(sums, task, device, *flags):
+    """(Sums, sums of the flags) over all processes, in one message."""
+    like, width = dict(dtype=sum_dtype(device), device=device), len(task.metrics)
+    parts = [*(torch.as_tensor(part, **like).expand(n) for part, n in zip(sums, (1, 1, width, width)))]
+    parts = utils.over_all(torch.cat([*parts, torch.tensor(flags, **like)])).split([1, 1, width, width, len(flags)])
+    return Sums(parts[0][0], parts[1][0], *parts[2:4]), parts[4].tolist()
+
+
+def distribute(state):
+    """Mutates `state.forward`: the model in DistributedDataParallel, where there are several processes.
+
+    In one bucket, sent when the last gradient is there: where memory runs out before, the process has sent nothing yet.
+    DDP's own two, of 1 and 25 MB, would overlap next to nothing: EfficientNet-B0 has 16 MB in all.
+    """
+    if utils.world()[1] > 1:
+        state.forward = None
+        gc.collect()  # else the hooks of the one before go on
+        state.forward = DistributedDataParallel(
+            state.model, broadcast_buffers=False, init_sync=False, bucket_cap_mb=2**20, gradient_as_bucket_view=True
+        )
+
+
+def average_buffers(state):
+    """Mutates the buffers of `state`, as BatchNorm's statistics: their mean over all processes."""
+    floats, ranks = [buffer for buffer in state.buffers if buffer.is_floating_point()], utils.world()[1]
+    if floats and ranks > 1:
+        mean = utils.over_all(torch.cat([buffer.flatten() for buffer in floats])) / ranks
+        for buffer, part in zip(floats, mean.split([buffer.numel() for buffer in floats])):
+            buffer.copy_(part.view_as(buffer))
 
 
 def set_seed(seed, device):
@@ -760,11 +833,14 @@ def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, v
 
 @torch.inference_mode()
 def total(pairs, task):
-    """{"loss": …, metric: …} of (outputs, targets), each item once."""
+    """{"loss": …, metric: …} of (outputs, targets) of all processes, each item once."""
     sums = None
     for outputs, targets in pairs:
         found = Sums(task.loss(outputs, targets), task.items(targets), *task.measure(outputs, targets))
         sums = (no_sums(task, outputs.device) if sums is None else sums).plus(found)
+    if utils.world()[1] > 1:
+        cpu = torch.device("cpu")
+        sums, _ = over_all(Sums(*map(torch.Tensor.cpu, map(torch.as_tensor, sums or no_sums(task, cpu)))), task, cpu)
     return means(sums, task)
 
 
@@ -808,7 +884,9 @@ def fit(state, run, stop=()):
     """
     config, task, log, folder = run.config, run.task, run.log, run.folder
     monitor, higher = config["monitor"], utils.higher_is_better(config["monitor"])
-    track = utils.trackers(folder, config, config["tensorboard"], config["wandb"])
+    rank, ranks = utils.world()
+    track = utils.trackers(folder, config, config["tensorboard"], config["wandb"]) if rank == 0 else []
+    size = config["accumulation_steps"] * ranks  # batches a step
 
     loss = f"{monitor.split('_')[0]}_loss"
     scored = lambda: [row for row in state.history if loss in row]  # the epochs that ended in a validation
@@ -817,42 +895,53 @@ def fit(state, run, stop=()):
         sign = -tie if higher else tie
         return [row.get(monitor, math.nan) + (sign * row[loss] if tie else 0.0) for row in scored()]
 
-    def save():
+    def write(name, checkpoint):
         try:
-            utils.save_checkpoint(folder / "last.pt", {**state.to_checkpoint(), "meta": run.meta, "config": config})
+            if rank == 0:
+                utils.save_checkpoint(folder / name, {**checkpoint, "meta": run.meta})
         except ValueError as error:
-            raise FloatingPointError(f"{error}; the last good checkpoint stands; try a lower --lr") from None
+            raise FloatingPointError(f"{error}; try a new run with a lower --lr") from None
+
+    def save():
+        write("last.pt", {**state.to_checkpoint(), "config": config, "batches_a_step": size})
 
     def export(name, weights, row):
-        plain = {"model": weights, "meta": run.meta, "step": state.step, "epoch": state.epoch, "metrics": row}
-        utils.save_checkpoint(folder / name, plain)
+        write(name, {"model": weights, "step": state.step, "epoch": state.epoch, "metrics": row})
+
+    def stopped(where):
+        save()
+        log(f"stopped {where}; go on with: python train.py --resume {folder.name}")
+        return 128 + (stop or [signal.SIGTERM])[0]
 
     while not state.finished:
         epoch, count = state.epoch, len(run.train)
         cuts = 0
         if config["scheduler"] == "plateau":
             cuts = plateau_cuts(monitored(), config["scheduler_patience"], higher, config["min_delta"])
-        order = run.order(epoch)
-        start = state.epoch_step * config["accumulation_steps"]
+        pieces = data.chunks(run.order(epoch), config["batch_size"])
+        start = state.epoch_step * size
         if state.sums is None:
             state.sums = no_sums(task, run.device)
         usual = 0.0  # seconds of a step, smoothed
         began, shown_at = time.perf_counter() - state.seconds, 0.0
         bar = tqdm(
-            desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=min(count, start * config["batch_size"]),
+            desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=sum(map(len, pieces[:start])),
             unit=task.unit, leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5,
-            disable=config["quiet"],
+            disable=config["quiet"] or rank > 0,
         )  # fmt: skip
         augment = lambda *batch: run.augment(*batch, epoch)
         freeze(state, epoch < config["freeze_epochs"])
+        mine = data.share(pieces[start:], config["accumulation_steps"], rank, ranks)
         with contextlib.closing(bar):
-            for window in windows(run.fetch_train(order, start), config["accumulation_steps"]):
+            for window in windows(run.fetch_train(mine), config["accumulation_steps"]):
+                left = pieces[state.epoch_step * size : (state.epoch_step + 1) * size]  # of all processes
+                state.stop = bool(stop)
                 set_rates(state.optimizer, *run.schedule(state.step, cuts))
                 step_began, micro_batch = time.perf_counter(), state.micro_batch
                 sums, norm, good = train_step(
                     state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"],
-                    seed=data.mix(config["seed"], state.step, 0),  # dropout = f(seed, step, rank)
-                    sam_rho=config["sam_rho"],
+                    seed=data.mix(config["seed"], state.step, rank),  # dropout = f(seed, step, rank)
+                    sam_rho=config["sam_rho"], idle=rank >= len(left),
                 )
                 if state.micro_batch != micro_batch:
                     log(f"step {state.step}: out of memory, so done again; from here on {state.micro_batch} at once")
@@ -860,12 +949,10 @@ def fit(state, run, stop=()):
                     state.sums = state.sums.plus(sums)
                     state.gradient_norm += (norm - state.gradient_norm) * (0.05 if state.gradient_norm else 1.0)
                 elif state.bad_in_a_row >= MAX_BAD_STEPS:
-                    raise FloatingPointError(
-                        f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not finite; the last good "
-                        "checkpoint stands; try a lower --lr, --clip_grad_norm 1.0 or --amp False"
-                    )
+                    raise FloatingPointError(f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not finite; try "
+                                             "a new run with a lower --lr, --clip_grad_norm 1.0 or --amp False")
                 state.epoch_step += 1
-                bar.update(sum(len(index) for *_, index in window))
+                bar.update(sum(map(len, left)))
                 if track and state.step % TRACK_EVERY == 0:
                     lr = state.optimizer.param_groups[0]["lr"]
                     values = {"step_loss": (sums.loss / sums.items).item(), "step_lr": lr, "step_gradient_norm": norm}
@@ -883,30 +970,32 @@ def fit(state, run, stop=()):
                     form = {"loss": "loss {:.3f}", task.monitor: task.shown.get(task.monitor, "loss {:.3f}")}
                     parts = [form[name].format(found[name]) for name in form if name in found]
                     bar.set_postfix_str(", ".join(parts + bad), refresh=False)
-                if stop or (config["save_every"] and state.step % config["save_every"] == 0):
-                    state.seconds = time.perf_counter() - began
+                state.seconds = time.perf_counter() - began
+                if state.stop if ranks > 1 else stop:  # among several, what all agreed on in the step
+                    return stopped(f"at step {state.step}")
+                if config["save_every"] and state.step % config["save_every"] == 0:
                     save()
-                if stop:
-                    log(f"stopped at step {state.step}; go on with: python train.py --resume {folder.name}")
-                    return 128 + stop[0]
 
-        train = means(state.sums, task)
-        seconds = time.perf_counter() - began
-        state.epoch, state.epoch_step, state.sums, state.seconds = epoch + 1, 0, None, 0.0
+        train, seconds = means(state.sums, task), state.seconds
         row = {"epoch": epoch + 1, "step": state.step, **{f"train_{k}": v for k, v in train.items()}}
-        whole = validates(state.epoch, config["epochs"], config["val_every"])
-        order = run.val_order if whole else run.val_sample
+        whole = validates(epoch + 1, config["epochs"], config["val_every"])
+        scored_pieces = data.chunks(run.val_order if whole else run.val_sample, 2 * config["batch_size"])
         averaged = None  # with its statistics, where there is a mean of weights to score
-        if state.swa is not None and state.epoch >= config["swa_start_epoch"]:
-            state.swa.update_parameters(state.model)
-            averaged = recompute_statistics(state, run, epoch) if whole else None
+        if state.swa is not None and epoch + 1 >= config["swa_start_epoch"]:
+            if state.swa.n_averaged < epoch + 2 - config["swa_start_epoch"]:  # not so where validation was stopped
+                state.swa.update_parameters(state.model)
+            averaged = recompute_statistics(state, run, epoch, stop) if whole else None
         kinds = {"val": (state.model, None), "ema": (state.ema and state.model, state.ema), "swa": (averaged, None)}
         for name, (model, weights) in kinds.items():
-            if run.fetch_val and len(order) and model is not None:
+            if run.fetch_val and len(scored_pieces[0]) and model is not None:
                 most = state.micro_batch and 2 * state.micro_batch
-                batches = (part for batch in run.fetch_val(order) for part in split([batch], most))
+                batches = itertools.takewhile(lambda batch: not stop, run.fetch_val(scored_pieces[rank::ranks]))
+                batches = (part for batch in batches for part in split([batch], most))
                 found = evaluate(model, batches, task, run.prepare, run.dtype, weights)
                 row.update({f"{name if whole else name + '_sample'}_{k}": v for k, v in found.items()})
+        if utils.any_of_all(stop):  # the validation is not whole: it is done again
+            return stopped(f"in the validation of epoch {epoch + 1}")
+        state.epoch, state.epoch_step, state.sums, state.seconds = epoch + 1, 0, None, 0.0
         rate = state.optimizer.param_groups[0]["lr"]  # of the last step
         row.update(lr=rate, gradient_norm=state.gradient_norm, seconds=seconds, samples_per_second=count / seconds)
         row.update(bad_steps=state.bad_steps)
@@ -914,36 +1003,33 @@ def fit(state, run, stop=()):
         # a NaN is never a gain: comparisons with it are False; of equal epochs the one with the lower loss is best
         since = epochs_since_best(monitored(tie=1e-9), higher) if loss in row else -1
         if since == len(monitored()):
-            raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a lower --lr")
+            raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a new run with a lower --lr")
         patience_gone = config["early_stopping"] and config["early_stopping"] <= epochs_since_best(
             monitored(), higher, config["min_delta"]
         )
         state.finished = bool(state.epoch == config["epochs"] or patience_gone)
-        try:
-            if since == 0:
-                model, weights = kinds.get(monitor.split("_")[0], (state.model, None))
-                export("best.pt", weights or model.state_dict(), row)
-            if state.ema is not None:
-                export("ema.pt", state.ema, row)
-            if averaged is not None:
-                export("swa.pt", averaged.state_dict(), row)
-        except ValueError as error:
-            raise FloatingPointError(f"{error}; the last good checkpoint stands; try a lower --lr") from None
-        utils.write_csv(folder / "metrics.csv", state.history)
+        if since == 0 and not better(folder / "best.pt", monitor, higher, row):
+            model, weights = kinds.get(monitor.split("_")[0], (state.model, None))
+            export("best.pt", weights or model.state_dict(), row)
+        if state.ema is not None:
+            export("ema.pt", state.ema, row)
+        if averaged is not None:
+            export("swa.pt", averaged.state_dict(), row)
+        if rank == 0:
+            utils.write_csv(folder / "metrics.csv", state.history)
         save()
         for tracker in track:
             tracker(state.step, {**{k: v for k, v in row.items() if k != "step"}, "samples": run.samples(state, run)})
         log(epoch_line(row, task, config["epochs"], since == 0))
         if patience_gone and state.epoch < config["epochs"]:
             log(f"early stopping: {monitor} has not gained for {config['early_stopping']} epochs")
-        if stop and not state.finished:
-            log(f"stopped after epoch {state.epoch}; go on with: python train.py --resume {folder.name}")
-            return 128 + stop[0]
+        if not state.finished and utils.any_of_all(stop):
+            return stopped(f"after epoch {state.epoch}")
 
     best = scored()[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
     value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
     log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
-    if utils.save_history(folder / "curves.png", state.history, task.monitor):
+    if rank == 0 and utils.save_history(folder / "curves.png", state.history, task.monitor):
         log(f"curves     {folder / 'curves.png'}")
     if run.has_test or run.val:
         others = [str(folder / f"{name}.pt") for name in ("ema", "swa") if (folder / f"{name}.pt").exists()]
@@ -951,13 +1037,24 @@ def fit(state, run, stop=()):
     return 0
 
 
-def recompute_statistics(state, run, epoch):
+def recompute_statistics(state, run, epoch, stop=()):
     """Mutates `state.swa`: BatchNorm statistics of the mean weights, over the epoch's augmented data; its model."""
     set_seed(data.mix(run.config["seed"], state.step, 1), run.device)  # dropout above a BatchNorm
-    inputs = (run.augment(*batch, epoch)[0] for batch in run.fetch_train(run.order(epoch)))
+    batches = itertools.takewhile(lambda batch: not stop, run.fetch_train(run.order(epoch)))
+    inputs = (run.augment(*batch, epoch)[0] for batch in batches)
     with autocast(run.device, run.dtype):
         update_bn(inputs, state.swa.module)
     return state.swa.module
+
+
+def better(path, monitor, higher, row):
+    """Whether `path` holds weights of an epoch that a crash made the run forget, with a better `monitor` than `row`."""
+    try:
+        there = utils.load_checkpoint(path)
+        (a, b), forgotten = (there["metrics"][monitor], row[monitor]), there["epoch"] >= row["epoch"]
+    except (ValueError, KeyError, TypeError):  # none, or a damaged one
+        return False
+    return forgotten and (a > b if higher else a < b)
 
 
 def freeze(state, frozen):
@@ -969,6 +1066,7 @@ def freeze(state, frozen):
         p.requires_grad_(not frozen)
     for p in head.parameters():
         p.requires_grad_()
+    distribute(state)
 
 
 def validates(epoch, epochs, every):
@@ -1010,21 +1108,29 @@ def metrics_line(numbers, task):
 
 
 @contextlib.contextmanager
-def catch_signals():
-    """Gives a list that receives SIGINT or SIGTERM's number, for the loop to see; a second one ends at once."""
+def catch_signals(gently=True):
+    """Gives a list that receives the number of SIGINT, SIGTERM or SIGHUP, for the loop to see; a second ends at once.
+
+    If not `gently`, the first one raises KeyboardInterrupt with its number.
+    """
     received = []
 
     def handle(number, frame):
         if received:
             os._exit(128 + number)
         received.append(number)
+        if not gently:
+            raise KeyboardInterrupt(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, handle)
     try:
         yield received
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1097,17 +1203,19 @@ def suggest_lr(rates, losses):
 
 def sweep(state, run):
     """Run `find_lr` on the real windows and report it; the rate it would take."""
-    size, seed = run.config["accumulation_steps"], run.config["seed"]
+    size, seed, (rank, ranks) = run.config["accumulation_steps"], run.config["seed"], utils.world()
 
     def endless():
         for epoch in itertools.count():
-            for window in windows(run.fetch_train(data.epoch_order(len(run.train), seed, epoch)), size):
+            pieces = data.chunks(data.epoch_order(len(run.train), seed, epoch), run.config["batch_size"])
+            pieces = pieces[: len(pieces) // ranks * ranks]  # as many for each
+            for window in windows(run.fetch_train(pieces[rank::ranks]), size):
                 yield epoch, window
 
     source = endless()
     bar = tqdm(
         total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 5,
-        disable=run.config["quiet"],
+        disable=run.config["quiet"] or rank > 0,
     )  # fmt: skip
 
     def step(state, item):
@@ -1434,13 +1542,14 @@ def prepare_run(config, resumed=None):
 
     `resumed` is the metadata of a run that goes on, which has its weights and statistics.
     """
-    config, fresh = dict(config), resumed is None
+    config, fresh, ranks = dict(config), resumed is None, utils.world()[1]
     device = utils.pick_device(config["device"])
     memory_format = pick_memory_format(config["channels_last"], device)
     settings = utils.tune(device, config["deterministic"], config["memory_gb"])
     family = FAMILIES[config["model"]]
     dtype, reason = utils.pick_precision(config["amp"], device)
-    source = family.load(config)
+    with utils.in_turn(os.environ.get("LOCAL_RANK", "0") == "0"):  # one process a machine fills the cache
+        source = family.load(config)
     family.check(config, source)
     config["image_size"] = source.image_size
     train, val = source.splits["train"], source.splits.get("val")
@@ -1488,7 +1597,13 @@ def prepare_run(config, resumed=None):
             models.load_backbone(model, weights, new_head=origin.get("classes", source.classes) != source.classes)
         except ValueError as error:
             raise ValueError(f"--pretrained {config['pretrained']}: {error}") from None
+    if config["sync_batchnorm"]:
+        if device.type != "cuda" or ranks == 1:
+            raise ValueError("--sync_batchnorm: is for several CUDA devices under torchrun; leave it out")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=memory_format)
+    for tensor in model.state_dict().values() if ranks > 1 else ():
+        dist.broadcast(tensor, 0)  # machines may differ in the last bit
 
     config["optimizer"] = config["optimizer"] or family.optimizer
     if config["lr"] is None:
@@ -1509,20 +1624,23 @@ def prepare_run(config, resumed=None):
     copies = bool(state.ema) + bool(state.swa) + 2 * bool(config["sam_rho"])  # the weights and the ascent of SAM
     with autocast(device, dtype):
         memory = models.estimate_memory(model, example, moments, copies)
+    distribute(state)
     budget = min(utils.free_bytes(device), utils.memory_cap(device, config["memory_gb"])) // 4
     if config["batch_size"] == "auto":
         resident = sum(split.images.nbytes for split in (train, val) if split and split.images.nbytes <= budget)
+        if config["effective_batch"] % ranks:
+            raise ValueError(f"--effective_batch {config['effective_batch']}: must be a multiple of {ranks} processes")
         step = partial(train_step, state, task=task, augment=lambda *batch: augment(*batch, 0), dtype=dtype,
                        sam_rho=config["sam_rho"])  # fmt: skip
         fits = lambda size: trial(state, step, train, size, device, memory, resident, config["memory_gb"])
-        config["batch_size"] = choose_batch(config["effective_batch"], len(train), fits)
+        config["batch_size"] = choose_batch(config["effective_batch"] // ranks, len(train), fits)
     if config["effective_batch"]:
-        if config["effective_batch"] % config["batch_size"]:
+        if config["effective_batch"] % (config["batch_size"] * ranks):
             sizes = "{effective_batch}: must be a multiple of the batch, {batch_size}".format(**config)
+            sizes += f", times {ranks} processes" * (ranks > 1)
             raise ValueError(f"--effective_batch {sizes}; give --batch_size too, or --batch_size auto")
-        config["accumulation_steps"] = config["effective_batch"] // config["batch_size"]
-    batches_an_epoch = len(data.chunks(torch.arange(len(train)), config["batch_size"]))
-    steps_an_epoch = -(-batches_an_epoch // config["accumulation_steps"])
+        config["accumulation_steps"] = config["effective_batch"] // config["batch_size"] // ranks
+    steps_an_epoch = count_steps(len(train), config["batch_size"], config["accumulation_steps"] * ranks)
     total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
     if warmup_steps >= total_steps:
         raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
@@ -1535,11 +1653,17 @@ def prepare_run(config, resumed=None):
         lr, momentum = plain(max(0, start - 1))
         return swa_rate(step, start, steps_an_epoch, lr, config["swa_lr"]), momentum
 
-    fetch_train = data.batches(train, config["batch_size"], device, budget, config["workers"])
+    if ranks > 1 and config["compile"] != "off":
+        raise ValueError("--compile: does not go with several processes here; leave it out")
+    settings_of = {**config, **dict.fromkeys(FREE_ON_RESUME)}
+    utils.check_agreement({"flags": settings_of, "data": meta["fingerprint"], "classes": meta["classes"],
+                           "versions of torch": torch.__version__})  # fmt: skip
+    fetch = partial(data.batches, device=device, resident_bytes=budget, workers=config["workers"],
+                    timeout=config["timeout"])  # fmt: skip
     run = Run(
         config=config, task=task, device=device, dtype=dtype, train=train, val=val,
-        has_test="test" in source.splits, fetch_train=fetch_train,
-        fetch_val=data.batches(val, 2 * config["batch_size"], device, budget, config["workers"]) if val else None,
+        has_test="test" in source.splits, fetch_train=fetch(train, config["batch_size"]),
+        fetch_val=fetch(val, 2 * config["batch_size"]) if val else None,
         val_order=torch.arange(len(val or ())),
         val_sample=torch.from_numpy(data.stratified(val.labels, config["val_samples"], config["seed"]))
         if val and config["val_samples"] else torch.arange(0),
@@ -1557,9 +1681,9 @@ def prepare_run(config, resumed=None):
 
 def describe(state, run, source, memory, precision, settings, note):
     """Lines that say what is about to happen."""
-    config, device = run.config, run.device
+    config, device, ranks = run.config, run.device, utils.world()[1]
     size, steps = config["batch_size"], config["accumulation_steps"]
-    steps_an_epoch = -(-len(data.chunks(torch.arange(len(run.train)), size)) // steps)
+    steps_an_epoch = count_steps(len(run.train), size, steps * ranks)
     total = sum(memory.values()) + memory["sample"] * (size - 1)
     fixed = {name: memory[name] for name in ("weights", "gradients", "optimizer", "ema") if memory[name]}
     parts = ", ".join(f"{name} {held / 2**20:.1f}" for name, held in fixed.items())
@@ -1575,9 +1699,15 @@ def describe(state, run, source, memory, precision, settings, note):
         f"data       {source.description} | "
         + ", ".join(splits.get(name, f"no {name}") for name in ("train", "val", "test")),
         f"methods    {', '.join(methods(config)) or 'plain'}",
-        f"batch      {size} x {steps} accumulation x 1 process = {size * steps} | {steps_an_epoch:,} steps an epoch, "
+        f"batch      {size} x {steps} accumulation x {ranks} process{'es' * (ranks > 1)} = {size * steps * ranks} | "
+        f"{steps_an_epoch:,} steps an epoch, "
         f"{config['epochs']} epochs, {steps_an_epoch * config['epochs']:,} steps",
     ]
+
+
+def count_steps(samples, batch_size, window):
+    """Steps an epoch: windows of so many batches."""
+    return -(-len(data.chunks(torch.arange(samples), batch_size)) // window)
 
 
 def methods(config):
@@ -1586,6 +1716,7 @@ def methods(config):
              "mixup": "Mixup", "cutmix": "CutMix", "label_smoothing": "label smoothing", "focal_gamma": "focal loss",
              "clip_grad_norm": "clipping at"}  # fmt: skip
     found = [f"{name} {config[flag]:g}" for flag, name in names.items() if config[flag]]
+    found += ["SyncBatchNorm"] * config["sync_batchnorm"]
     found += [f"weights of {config['pretrained']}"] * bool(config["pretrained"])
     if config["freeze_epochs"]:
         random = "" if config["pretrained"] else ", the rest random: give --pretrained"
@@ -1612,7 +1743,7 @@ def trial(state, step, split, size, device, memory, resident, memory_gb):
     free = utils.free_bytes(device)
     limit = min(free, memory_gb * 2**30) if memory_gb else free
     held = sum(memory.values()) + 1.1 * memory["sample"] * (size - 1) + resident
-    if device.type != "cuda" and held > 0.8 * limit:
+    if utils.any_of_all(device.type != "cuda" and held > 0.8 * limit):
         return False
     index = torch.arange(size)
     window = [(*(torch.from_numpy(np.array(a[index.numpy()])).to(device) for a in (split.images, split.labels)), index)]
@@ -1629,6 +1760,7 @@ def trial(state, step, split, size, device, memory, resident, memory_gb):
             return False
         used = torch.cuda.max_memory_reserved(device) + resident if device.type == "cuda" else 0
         fits = state.micro_batch is None and used <= 0.92 * utils.memory_cap(device, memory_gb)
+    fits = not utils.any_of_all(not fits)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the data that is to stay on the device
     return fits
@@ -1729,9 +1861,12 @@ def read_run_config(path):
         raise ValueError(f"{path}: damaged ({utils.one_line(error)}); restore it or start a new run") from None
 
 
-def resumed_config(folder, config, given):
-    """The config of the run in `folder`, with the free flags of this call; ValueError where another one differs."""
-    stored = read_run_config(folder / "config.json")["config"]
+def resumed_config(folder, config, given, ranks=1):
+    """The config of the run in `folder`, with the free flags of this call; ValueError where another one differs.
+
+    Its steps stay what they were, with as many batches, on any number of processes that divides them.
+    """
+    stored, environment = read_run_config(folder / "config.json").values()
     if strange := sorted(stored.keys() ^ {key for key in config if key not in MODES}):
         raise ValueError(f"{folder}: its flags are not this kit's ({strange[0]}); resume it with its own version")
     for key, value in given.items():
@@ -1741,94 +1876,172 @@ def resumed_config(folder, config, given):
             raise ValueError(f"--{key} {value}: the run has {stored[key]}; leave the flag out, or start a new run")
         if key in FREE_ON_RESUME and key != "run_name":
             stored[key] = value
-    return {**config, **stored}
+    batches = stored["accumulation_steps"] * environment.get("processes", 1)
+    if batches % ranks:
+        raise ValueError(f"--resume {folder.name}: a step has {batches} batches, which {ranks} processes cannot share "
+                         f"alike; start {math.gcd(batches, ranks)}")  # fmt: skip
+    return {**config, **stored, "accumulation_steps": batches // ranks}
 
 
 def main(argv=None):
+    """Do what the flags (a list of words; None: those of the command line) ask for; the exit status."""
     config, given = parse_flags(sys.argv[1:] if argv is None else argv)
-    saved = None
+    run = None
     try:
-        check_output(config)
-        for mode in READ_BY:
-            if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
-                why = "does not go with --" + mode if other[0] in MODES else f"--{mode} does not read it"
-                raise ValueError(f"--{other[0]}: {why}; leave it out")
-        if config["val_samples"] and config["val_every"] == 1:
-            raise ValueError("--val_samples: are scored between validations; give --val_every 2, more, or adaptive")
-        for key, modes in (("input", ["predict"]), ("search", ["predict"]), ("tta", ["evaluate", "predict"])):
-            if config[key] and not any(config[mode] for mode in modes):
-                raise ValueError(f"--{key}: needs --{' or --'.join(modes)}")
-        if config["compile"] != "off" and config["checkpoint_activations"]:
-            raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
-        if config["freeze_epochs"] and (config["find_lr"] or config["lr"] == "auto"):
-            raise ValueError("--freeze_epochs: the sweep is of the whole network; leave it out, or give --lr a number")
-        if (config["effective_batch"] or config["batch_size"] == "auto") and "accumulation_steps" in given:
-            raise ValueError("--accumulation_steps: follows from --effective_batch; give that in its place")
-        for mode, call in (("predict", run_predict), ("evaluate", partial(run_evaluate, given=given)),
-                           ("export", run_export)):  # fmt: skip
-            if config[mode]:
-                return call(config)
-        for family in (IMAGES, PUZZLES):
-            other = [key for key in given if key in family.flags and key not in FAMILIES[config["model"]].flags]
-            if other and config["resume"] is None:
-                kind = "pictures" if family is IMAGES else "puzzles"
-                raise ValueError(f"--{other[0]}: is for {kind}, the model is {config['model']}; leave it out")
-        if config["resume"] is not None:
-            folder = find_run(config["resume"] or config["run_name"])
-            config = resumed_config(folder, config, given)
-            saved = utils.load_newest(folder)
-            if saved["finished"]:
-                raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
-        else:
-            name = config["run_name"] or f"{config['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
-            folder = RUNS / name
-            if folder.exists() and not config["find_lr"]:
-                raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
-        utils.trackers_available(config["tensorboard"], config["wandb"])
-        state, run, lines = prepare_run(config, saved and saved["meta"])
-        if saved is not None:
-            check_same_run(saved, run)
-            state.load(saved)
-        run.config["run_name"], run.folder = folder.name, folder
-        verb = f"resumed at step {state.step}" if saved else f"{config['scheduler']}, seed {config['seed']}"
-        lines += [] if config["find_lr"] else [f"run        {folder} | {verb}"]
-        run.log = utils.logger()
-        for line in lines:
-            run.log(line)
-        if config["find_lr"]:
-            return report_find_lr(state, run, config["output"])
-        if run.config["lr"] == "auto":
-            run.config["lr"] = sweep(state, run)[2]["valley"]
-            lines.append(f"find_lr    --lr {run.config['lr']:.2e}")
-        folder.mkdir(parents=True, exist_ok=saved is not None)  # of two that start at once, one stops here
-        if saved is None:
-            stored = {key: value for key, value in run.config.items() if key not in MODES}
-            utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
+        with catch_signals(gently=False), contextlib.ExitStack() as held:
+            check_flags(config, given)
+            for mode, call in (("predict", run_predict), ("evaluate", partial(run_evaluate, given=given)),
+                               ("export", run_export)):  # fmt: skip
+                if config[mode]:
+                    return call(config)
+            held.enter_context(utils.processes(config["device"], config["timeout"]))
+            state, begun = begin(config, given, held)
+            if config["find_lr"]:
+                return report_find_lr(state, begun, config["output"])
+            run = begun
+            with catch_signals() as stop:
+                return fit(state, run, stop)
+    except KeyboardInterrupt as stopped:  # outside of the loop, which saves
+        print("stopped before there was a step to save", file=sys.stderr)
+        return 128 + (*stopped.args, signal.SIGINT)[0]
     except BrokenPipeError:  # the reader of what is printed went away: no error of this program
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except RuntimeError as error:
-        if not utils.out_of_memory(error):
-            raise
-        print(f"error: {utils.one_line(error)}; give a smaller --batch_size or --batch_size auto", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        return explain(error, run, config)
 
-    run.log = utils.logger(folder / "log.txt", lines)
-    try:
-        with catch_signals() as stop:
-            return fit(state, run, stop)
-    except (FloatingPointError, OSError) as error:
-        run.log(f"error: {utils.one_line(error)}")
-    except RuntimeError as error:
-        if utils.out_of_memory(error):
-            run.log(f"error: {utils.one_line(error)}; go on with a smaller load, or --resume --checkpoint_activations")
-        elif "DataLoader worker" in str(error):
-            run.log(f"error: {utils.one_line(error)}; go on with: python train.py --resume {folder.name} --workers 0")
-        else:
-            raise
+
+def check_flags(config, given):
+    """ValueError where flags do not go together."""
+    check_output(config)
+    for mode in READ_BY:
+        if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
+            why = "does not go with --" + mode if other[0] in MODES else f"--{mode} does not read it"
+            raise ValueError(f"--{other[0]}: {why}; leave it out")
+        if config[mode] and os.environ.get("LOCAL_RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(f"--{mode}: is for one process; start it with python in place of torchrun")
+    if config["val_samples"] and config["val_every"] == 1:
+        raise ValueError("--val_samples: are scored between validations; give --val_every 2, more, or adaptive")
+    for key, modes in (("input", ["predict"]), ("search", ["predict"]), ("tta", ["evaluate", "predict"])):
+        if config[key] and not any(config[mode] for mode in modes):
+            raise ValueError(f"--{key}: needs --{' or --'.join(modes)}")
+    if config["compile"] != "off" and config["checkpoint_activations"]:
+        raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
+    if config["freeze_epochs"] and (config["find_lr"] or config["lr"] == "auto"):
+        raise ValueError("--freeze_epochs: the sweep is of the whole network; leave it out, or give --lr a number")
+    if (config["effective_batch"] or config["batch_size"] == "auto") and "accumulation_steps" in given:
+        raise ValueError("--accumulation_steps: follows from --effective_batch; give that in its place")
+    if config["resume"] is None and not any(config[mode] for mode in READ_BY):
+        for family in (IMAGES, PUZZLES):
+            other = [key for key in given if key in family.flags and key not in FAMILIES[config["model"]].flags]
+            if other:
+                kind = "pictures" if family is IMAGES else "puzzles"
+                raise ValueError(f"--{other[0]}: is for {kind}, the model is {config['model']}; leave it out")
+    utils.trackers_available(config["tensorboard"], config["wandb"])
+
+
+def begin(config, given, held):
+    """(state, run) of a run, a new one or one that goes on, with a folder of its own, which `held` keeps locked."""
+    (rank, ranks), saved, name = utils.world(), None, config["run_name"]
+    if not name and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("--run_name: torchrun --max_restarts needs one, to find the run again; give it a name")
+    now = utils.over_all(torch.tensor(time.time() * (rank == 0), dtype=torch.float64))
+    name = name or f"{config['model']}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now.item()))}"
+    if utils.any_of_all(rank == 0 and restarted(RUNS / name)):
+        config["resume"] = name
+    if config["resume"] is not None:
+        with utils.in_turn(rank == 0):  # one sets aside what is damaged
+            folder = find_run(config["resume"] or config["run_name"])
+            config = resumed_config(folder, config, given, ranks)
+            if rank == 0:
+                held.enter_context(utils.lock(folder))
+            saved = utils.load_newest(folder)
+        utils.check_agreement({"checkpoints; the folder runs must be one": saved and saved["step"]})
+        if saved and saved["finished"]:
+            raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
+    else:
+        folder = RUNS / name
+        if folder.exists() and not config["find_lr"] and (folder.is_file() or in_use(folder)):
+            raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
+    state, run, lines = prepare_run(config, saved and saved["meta"])
+    if saved is not None:
+        check_same_run(saved, run)
+        state.load(saved)
+    run.config["run_name"], run.folder, run.log = folder.name, folder, utils.logger()
+    if not config["find_lr"]:
+        utils.check_room(folder, disk_bytes(state, whole=saved is None))
+        verb = f"resumed at step {state.step}" if saved else f"{config['scheduler']}, seed {config['seed']}"
+        lines.append(f"run        {folder} | {verb}")
+    for line in lines:
+        run.log(line)
+    if run.config["lr"] == "auto" and not config["find_lr"]:
+        run.config["lr"] = sweep(state, run)[2]["valley"]
+        lines.append(f"find_lr    --lr {run.config['lr']:.2e}")
+    if rank == 0 and config["resume"] is None and not config["find_lr"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(utils.lock(folder))
+        if in_use(folder):  # of two that start at once, one stops here
+            raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
+        stored = {key: value for key, value in run.config.items() if key not in MODES}
+        utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
+    if not config["find_lr"]:
+        run.log = utils.logger(folder / "log.txt", lines)
+    return state, run
+
+
+def in_use(folder):
+    """Whether a run's folder holds more than what one leaves that was killed before it began."""
+    return any(path.name != "lock" and path.suffix != ".partial" for path in folder.iterdir())
+
+
+def restarted(folder):
+    """Whether torchrun has started this process again, and the run in `folder` is the one that it started before."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (folder / "config.json").is_file():
+        return False
+    return read_run_config(folder / "config.json")["environment"].get("launcher") == utils.launcher()
+
+
+def disk_bytes(state, whole):
+    """What a run's checkpoints take: two and the one being written, best.pt and means; if not `whole`, one more."""
+    weights, now = ({id(t): t.nbytes for _, t in utils.tensors(part)} for part in (state.live, state.to_checkpoint()))
+    return (3 * sum(now.values()) + 10 * sum(weights.values())) if whole else sum(now.values())  # 6 for the moments
+
+
+def explain(error, run, config):
+    """Report in one line what ended the program; exit status 2 where `run` is None, as none has begun, else 1.
+
+    What is none of the errors to expect is raised.
+    """
+    line, memory = utils.one_line(error), utils.out_of_memory(error)
+    if isinstance(error, OSError):
+        hint = "make room there" if error.errno == errno.ENOSPC else "give a place that can be used"
+        line = f"{error.filename}: {error.strerror}; {hint}" if error.filename and error.strerror else line
+    if run is None and isinstance(error, ValueError | OSError):
+        fail(str(error) if isinstance(error, ValueError) else line)
+    if "DataLoader" in str(error):
+        line += "; try --workers 0, or a longer --timeout where one was slow"
+    elif utils.lost_process(error):
+        line = f"another process ended, or was silent for {config['timeout']:g} s ({line[:80]})"
+    elif memory:
+        line += "; give a smaller --batch_size, --batch_size auto or --checkpoint_activations"
+    elif not isinstance(error, OSError | FloatingPointError):
+        raise error
+    if run is None:
+        print(f"error: {line}", file=sys.stderr)
+    else:
+        run.log(f"error: {line}; {standing(run.folder)}")
     return 1
+
+
+def standing(folder):
+    """What a run that failed leaves, in words."""
+    try:
+        saved = utils.load_newest(folder)
+    except (ValueError, OSError):
+        saved = None
+    if saved is None:
+        return "no checkpoint had been written"
+    return f"the last good checkpoint is of step {saved['step']}; go on with: python train.py --resume {folder.name}"
 
 
 def check_output(config):
@@ -1857,6 +2070,8 @@ def check_same_run(saved, run):
 def report_find_lr(state, run, output):
     """Sweep, then write the curve: CSV at `output` (or under runs/), and a PNG beside it with matplotlib."""
     rates, losses, found = sweep(state, run)
+    if utils.world()[0]:
+        return 0
     path = Path(output) if output else RUNS / f"{run.folder.name}-find_lr.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -2023,8 +2238,4 @@ def timed(call):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that the code page of a terminal lacks
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:  # outside the loop, which saves: while reading data, say
-        print("stopped before there was a step to save", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

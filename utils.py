@@ -1,4 +1,4 @@
-"""Evidence of a run: checkpoints, run folders, logs, curves, probes of the device.
+"""Evidence of a run: checkpoints, run folders, locks, logs, curves, probes of the device, agreement of processes.
 
 Any piece here works alone: this file imports torch, numpy, tqdm and the standard library only
 (tensorboard, wandb and matplotlib where a function needs them).
@@ -7,6 +7,7 @@ Any piece here works alone: this file imports torch, numpy, tqdm and the standar
 import contextlib
 import csv
 import ctypes
+import errno
 import functools
 import importlib.util
 import io
@@ -14,15 +15,19 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 import zipfile
+import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
@@ -34,7 +39,7 @@ FORMAT_VERSION = 1
 def write_atomic(path, content, previous=None):
     """Replace the file at `path` by `content` (bytes), so that either the old or the new one is whole.
 
-    The old one becomes `previous` where a name is given, once the new one is on the disk.
+    The old one becomes `previous` where a name is given, once the new one is on the disk and has been read back.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -43,6 +48,8 @@ def write_atomic(path, content, previous=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if temporary.read_bytes() != content:
+            raise OSError(errno.EIO, "what was written reads back otherwise; the disk may be failing", str(path))
         if previous is not None and path.exists():
             os.replace(path, path.with_name(previous))
         os.replace(temporary, path)
@@ -60,16 +67,24 @@ def save_checkpoint(path, checkpoint):
     """Write `checkpoint` (nested dicts and lists of tensors and primitives) to `path`, atomically.
 
     A file that stands there becomes `previous.pt` where its name is `last.pt`. Raises ValueError,
-    with nothing written, where a tensor under "model", "ema" or "swa" holds a NaN or an infinity.
+    with nothing written, where any tensor holds a NaN or an infinity.
     """
     path = Path(path)
-    for part in ("model", "ema", "swa"):
-        for name, tensor in (checkpoint.get(part) or {}).items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{path}: {part} {name} is not finite; nothing was written")
+    for name, tensor in tensors(checkpoint):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite; nothing was written")
     buffer = io.BytesIO()
     torch.save({**checkpoint, "format_version": FORMAT_VERSION}, buffer)
     write_atomic(path, buffer.getvalue(), "previous.pt" if path.name == "last.pt" else None)
+
+
+def tensors(tree, name=""):
+    """(name, tensor) of all that nested dicts and lists hold."""
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list | tuple):
+        for key, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from tensors(branch, f"{name} {key}".strip())
 
 
 def load_checkpoint(path, legacy=False):
@@ -101,13 +116,13 @@ def load_checkpoint(path, legacy=False):
 
 
 def load_newest(folder, log=print):
-    """The whole checkpoint with the highest step of `last.pt` and `previous.pt` in `folder`.
+    """The whole one of `last.pt` and `previous.pt` in `folder` with the highest step; None where there never was any.
 
-    A damaged one is set aside as `*.damaged` with a warning; ValueError where none is left.
+    A damaged one is set aside as `*.damaged` with a warning; ValueError where none but damaged ones is left.
     """
-    found = []
+    folder, found = Path(folder), []
     for name in ("last.pt", "previous.pt"):
-        path = Path(folder) / name
+        path = folder / name
         if path.exists():
             try:
                 found.append(load_checkpoint(path))
@@ -116,9 +131,10 @@ def load_newest(folder, log=print):
                     raise  # whole, and another version's
                 os.replace(path, path.with_suffix(".damaged"))
                 log(f"warning: {error}; set aside as {path.with_suffix('.damaged').name}")
-    if not found:
-        raise ValueError(f"--resume: no checkpoint in {folder}; start the run without --resume")
-    return max(found, key=lambda checkpoint: checkpoint["step"])
+    if not found and list(folder.glob("*.damaged")):
+        raise ValueError(f"--resume {folder.name}: its checkpoints are damaged; start anew, perhaps with --pretrained "
+                         f"{folder / 'best.pt'}")  # fmt: skip
+    return max(found, key=lambda checkpoint: checkpoint["step"]) if found else None
 
 
 def one_line(error):
@@ -127,6 +143,46 @@ def one_line(error):
 
 
 # ---------------------------------------------------------------------------- run folder and logs
+
+
+def check_room(folder, needed=0):
+    """ValueError unless files of `needed` bytes can be written below `folder`, which need not exist yet."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{folder}: {there} is no folder that can be written to; give another, or its rights")
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(f"{folder}: needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free; make room there")
+
+
+def lock(folder):
+    """The open file `lock` in `folder`, with this process's pid and host: the folder is its own until that is closed.
+
+    ValueError where another process has it. It is the system's lock, so it ends with its process, however that ends.
+    """
+    file = open(Path(folder) / "lock", "a+", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(2**20)  # past what is read below: Windows lets nobody read what is locked
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return file  # a file system without locks
+        with file:
+            file.seek(0)
+            raise ValueError(f"{folder}: in use by {file.read().strip()}; wait for it, or choose another run") from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    for stale in Path(folder).glob(".*.partial"):  # of a process that was killed while it wrote
+        stale.unlink()
+    return file
 
 
 def environment():
@@ -140,15 +196,22 @@ def environment():
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "platform": platform.platform(), "gpu": gpu, "threads": torch.get_num_threads(), "git_commit": commit,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": world()[1], "launcher": launcher(),
     }  # fmt: skip
+
+
+def launcher():
+    """What tells one torchrun from another; empty where there is none."""
+    return f"pid {os.getppid()} on {platform.node()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def logger(path=None, past=()):
     """A function log(line): to the terminal, above any bar, and to the file at `path` where given.
 
-    `past` holds lines that the terminal has had and the file has not.
+    `past` holds lines that the terminal has had and the file has not. Of several processes the first alone logs.
     """
+    if world()[0]:
+        return lambda line: None
     if past:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in past)
@@ -699,6 +762,84 @@ def free_bytes(device):
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 * 2**30
+
+
+# --------------------------------------------------------------------------------- many processes
+
+
+def world():
+    """(rank, number of processes) of torch.distributed; (0, 1) where it is not in use."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def processes(device, seconds):
+    """Joins the others that torchrun started, where it did, and leaves them after the block.
+
+    With `device` cuda each takes that of its local rank, over NCCL, else the CPU, over Gloo. Whoever waits for another
+    for longer than `seconds` gets an error. ValueError where torchrun's variables are incomplete or nothing suits.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in names if not os.environ.get(name)]
+    if absent and set(absent) < set(names[:3]) | set(absent[3:]):
+        raise ValueError(f"{absent[0]}: is not set, others of torchrun's variables are; start with torchrun")
+    if absent or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    kind = pick_device(device).type
+    if kind == "mps" or ":" in device or not dist.is_available():
+        raise ValueError(f"--device {device}: torchrun's processes take a CUDA device each or the CPU; say which")
+    if kind == "cuda":
+        torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def in_turn(first=True):
+    """Processes for which `first` holds pass the block before the others, which may take them a day."""
+    if world()[1] == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if not first:
+        dist.barrier(group)
+    yield
+    if first:
+        dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+def over_all(tensor, operation="SUM"):
+    """Mutates `tensor`, to its sum over all processes, or MAX, MIN; the same tensor."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def any_of_all(flag):
+    """Whether `flag` holds in any process."""
+    return bool(over_all(torch.tensor(float(bool(flag)))))
+
+
+def check_agreement(facts):
+    """ValueError that names the first of `facts` {name: anything with a repr} that the processes do not share."""
+    rank, count = world()
+    if count == 1:
+        return
+    codes = torch.zeros(count, len(facts), dtype=torch.int64)
+    codes[rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
+    for name, column in zip(facts, over_all(codes).T):
+        if len(column.unique()) > 1:
+            raise ValueError(f"the processes have different {name}; start them all with the same flags, data and torch")
+
+
+def lost_process(error):
+    """Whether an error says that another process ended or was silent for too long."""
+    return isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error)
 
 
 if __name__ == "__main__":
