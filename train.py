@@ -23,6 +23,7 @@ import csv
 import difflib
 import errno
 import gc
+import inspect
 import itertools
 import json
 import math
@@ -486,7 +487,10 @@ def build_optimizer(model, name, lr, weight_decay, momentum, device):
     groups = models.parameter_groups(model, weight_decay)
     fused = device.type in ("cuda", "cpu", "mps")
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        sgd = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        for p in (p for group in groups * (momentum > 0) for p in group["params"]):
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # it fails where only some have one, as after freezing
+        return sgd
     head = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     suits = lambda p: name == "muon" and p[0].numel() > p[0, 0].numel() and not (head and p is head[0])
     matrices = [p for p in groups[0]["params"] if suits(p)]
@@ -748,9 +752,11 @@ def distribute(state):
     if utils.world()[1] > 1:
         state.forward = None
         gc.collect()  # else the hooks of the one before go on
+        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.13 on
         state.forward = DistributedDataParallel(
-            state.model, broadcast_buffers=False, init_sync=False, bucket_cap_mb=2**20, gradient_as_bucket_view=True
-        )
+            state.model, init_sync=False, bucket_cap_mb=2**20, gradient_as_bucket_view=True,
+            **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
+        )  # fmt: skip
 
 
 def average_buffers(state):
@@ -1601,6 +1607,9 @@ def prepare_run(config, resumed=None):
         if device.type != "cuda" or ranks == 1:
             raise ValueError("--sync_batchnorm: is for several CUDA devices under torchrun; leave it out")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules() if ranks > 1 and not config["sync_batchnorm"] else ():
+        if isinstance(module, nn.BatchNorm2d):  # a process sees one batch in `ranks`: so their mean moves as far as one
+            module.momentum = 1 - (1 - module.momentum) ** ranks
     model.to(device, memory_format=memory_format)
     for tensor in model.state_dict().values() if ranks > 1 else ():
         dist.broadcast(tensor, 0)  # machines may differ in the last bit

@@ -781,7 +781,7 @@ def processes(device, seconds):
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     absent = [name for name in names if not os.environ.get(name)]
-    if absent and set(absent) < set(names[:3]) | set(absent[3:]):
+    if absent and not set(names[:3]) <= set(absent):
         raise ValueError(f"{absent[0]}: is not set, others of torchrun's variables are; start with torchrun")
     if absent or os.environ["WORLD_SIZE"] == "1":
         yield
@@ -791,7 +791,12 @@ def processes(device, seconds):
         raise ValueError(f"--device {device}: torchrun's processes take a CUDA device each or the CPU; say which")
     if kind == "cuda":
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=seconds))
+    patience = timedelta(seconds=seconds)
+    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun keeps its store when it starts processes again: without a prefix they find addresses of the dead
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
     try:
         yield
     finally:

@@ -107,7 +107,7 @@ def run_stopped(monkeypatch, steps, flags, name):
         "--val_every 2",
         "--model efficientnet_b0 --image_size 32 --scheduler constant",  # dropout and stochastic depth
         "--swa_start_epoch 1 --swa_lr 0.01 --ema_decay 0.9 --sam_rho 0.1 --mixup 0.3 --cutmix 1",
-        "--freeze_epochs 1 --focal_gamma 2 --swa_start_epoch 2",
+        "--freeze_epochs 1 --focal_gamma 2 --swa_start_epoch 2 --optimizer sgd",
     ],
 )
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(monkeypatch, flags):
