@@ -10,6 +10,7 @@ file imports torch, numpy, tqdm and the standard library only (image folders nee
         inputs = augment(images, index, seed=0, epoch=0, image_size=64, mean=data.mean, std=data.std)
 """
 
+import contextlib
 import functools
 import glob
 import gzip
@@ -17,6 +18,8 @@ import hashlib
 import itertools
 import math
 import os
+import platform
+import shutil
 import signal
 import struct
 import sys
@@ -520,27 +523,27 @@ def decode_cached(paths, root, size, cache_dir):
     family = hashlib.sha256(repr((str(root.resolve()), size, len(paths))).encode()).hexdigest()[:8]
     target = cache_dir / f"{family}-{key}.npy"
     if not target.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = cache_dir / f"{family}-{key}.{os.getpid()}.partial"
+        partial = partial_file(target, len(paths) * size * size * 3)
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-                images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), size, size, 3))
+            # Pillow decodes outside the interpreter's lock; written as a file, as a full disk under a map is a SIGBUS
+            with ThreadPoolExecutor(os.cpu_count()) as pool, open(partial, "wb") as file:
+                shape = (len(paths), size, size, 3)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 try:
                     decoded, broken = pool.map(lambda path: decode_or_error(path, size), paths), []
-                    for i, image in enumerate(tqdm(decoded, "decode", len(paths), unit="img", disable=None)):
+                    for image in tqdm(decoded, "decode", len(paths), unit="img", disable=None):
                         if isinstance(image, ValueError):
                             broken.append(image)
                         else:
-                            images[i] = image
+                            file.write(image.tobytes())
                     if broken:
                         names = ", ".join(str(error).split(":")[0] for error in broken[1:6])
                         raise ValueError(f"{broken[0]}" + f"; {len(broken) - 1} more: {names}" * (len(broken) > 1))
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
-                    del images  # Windows removes no file that is mapped
                     raise
-            images.flush()
-            del images
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -551,6 +554,34 @@ def decode_cached(paths, root, size, cache_dir):
                 except OSError:
                     pass  # in use by another run on Windows: that run's business
     return np.load(target, mmap_mode="r", allow_pickle=False)
+
+
+def partial_file(target, size):
+    """The path beside `target` of what will be renamed to it, of `size` bytes; ValueError where there is no room.
+
+    What processes of this machine left there that were killed is removed.
+    """
+    folder, owner = target.parent, f"{platform.node()}-"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"*.{owner}*.partial"):
+        with contextlib.suppress(OSError, ValueError):  # Windows itself refuses to remove what is open
+            if os.name == "nt" or not is_alive(int(stale.stem.rpartition("-")[2])):
+                stale.unlink()
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ValueError(f"--cache_dir {folder}: needs {size / 2**20:,.0f} MiB, has {free / 2**20:,.0f}; make room")
+    return target.with_suffix(f".{owner}{os.getpid()}.partial")
+
+
+def is_alive(pid):
+    """Whether a process of that number runs (POSIX)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 # ------------------------------------------------------------------------------------------ Sudoku
@@ -948,11 +979,12 @@ def generated(cache_dir):
     for seed, (name, counts) in enumerate(GENERATED.items()):
         levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
         sets[name] = tuple(np.concatenate(grids) for grids in zip(*levels))
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
     arrays = {f"{name}_puzzles": puzzles for name, (puzzles, _) in sets.items()}
+    arrays |= {f"{name}_solutions": solutions for name, (_, solutions) in sets.items()}
+    partial = partial_file(path, sum(array.nbytes for array in arrays.values()))
     try:
-        np.savez(partial, **arrays, **{f"{name}_solutions": solutions for name, (_, solutions) in sets.items()})
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -489,7 +490,7 @@ def build_optimizer(model, name, lr, weight_decay, momentum, device):
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
         for p in (p for group in groups * (momentum > 0) for p in group["params"]):
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # it fails where only some have one, as after freezing
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # it fails where only some have one: after freezing
         return sgd
     head = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     suits = lambda p: name == "muon" and p[0].numel() > p[0, 0].numel() and not (head and p is head[0])
@@ -844,9 +845,10 @@ def total(pairs, task):
     for outputs, targets in pairs:
         found = Sums(task.loss(outputs, targets), task.items(targets), *task.measure(outputs, targets))
         sums = (no_sums(task, outputs.device) if sums is None else sums).plus(found)
+    cpu = torch.device("cpu")
+    sums = sums or no_sums(task, cpu)
     if utils.world()[1] > 1:
-        cpu = torch.device("cpu")
-        sums, _ = over_all(Sums(*map(torch.Tensor.cpu, map(torch.as_tensor, sums or no_sums(task, cpu)))), task, cpu)
+        sums, _ = over_all(Sums(*(torch.as_tensor(part).cpu() for part in sums)), task, cpu)
     return means(sums, task)
 
 
@@ -2028,6 +2030,7 @@ def explain(error, run, config):
     if run is None and isinstance(error, ValueError | OSError):
         fail(str(error) if isinstance(error, ValueError) else line)
     if "DataLoader" in str(error):
+        end_workers()
         line += "; try --workers 0, or a longer --timeout where one was slow"
     elif utils.lost_process(error):
         line = f"another process ended, or was silent for {config['timeout']:g} s ({line[:80]})"
@@ -2040,6 +2043,16 @@ def explain(error, run, config):
     else:
         run.log(f"error: {line}; {standing(run.folder)}")
     return 1
+
+
+def end_workers():
+    """Ends the loader's workers: one that hangs would keep this process from ending."""
+    told = hasattr(signal, "SIGCHLD") and signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader raises at a death
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    if told:
+        signal.signal(signal.SIGCHLD, told)
 
 
 def standing(folder):

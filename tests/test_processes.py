@@ -248,7 +248,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_with_any_number(c
     together(main, f"{TWO} whole")
     codes = statuses(start(main, f"{TWO} stopped", 1, 1, terminate))
     assert codes == [143, 143]
-    assert "stopped in the validation of epoch 1; go on with" in Path("out0.txt").read_text()  # after the step, the last
+    assert "stopped in the validation of epoch 1; go on with" in Path("out0.txt").read_text()  # after the last step
     assert last("stopped")["step"] == 2 and last("stopped")["epoch"] == 0
     for name in ("alone", "three"):
         Path("runs", name).mkdir()
