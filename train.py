@@ -33,6 +33,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -751,6 +752,7 @@ def distribute(state):
     DDP's own two, of 1 and 25 MB, would overlap next to nothing: EfficientNet-B0 has 16 MB in all.
     """
     if utils.world()[1] > 1:
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 filters, where they mean nothing
         state.forward = None
         gc.collect()  # else the hooks of the one before go on
         newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.13 on

@@ -9,9 +9,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import logging
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -130,9 +132,9 @@ def fit_job(net, batches, device, ema_decay=0.0, clip=0.0, dtype=torch.float32):
             folder = Path(folder)
             run = train.Run(
                 config=config, task=task, device=device, dtype=dtype, train=range(len(batches) * len(batches[0][0])),
-                val=None, has_test=False, fetch_train=lambda order, start: iter(batches), fetch_val=None,
-                val_order=[], val_sample=[],
-                order=lambda epoch: None, augment=lambda x, t, index, epoch: (x, t), prepare=lambda x: x, meta={},
+                val=None, has_test=False, fetch_train=lambda pieces: iter(batches), fetch_val=None,
+                val_order=[], val_sample=[], samples=lambda state, run: "", prepare=lambda x: x, meta={},
+                order=lambda epoch: range(len(run.train)), augment=lambda x, t, index, epoch: (x, t),
                 schedule=lambda step, cuts: (1e-3, None), folder=folder, log=utils.logger(folder / "log.txt"),
             )  # fmt: skip
             train.fit(state, run)
@@ -532,8 +534,68 @@ def sudoku(device):
     table("sudoku: inference, puzzles", rounds(jobs), dict(zip(jobs, (64, 8))), ["RRN, 64 steps"])
 
 
+# ---------------------------------------------------------------------------------- many processes
+
+
+def shared_steps(rank, ranks, port, output):
+    """Times steps of EfficientNet-B0 on two batches of 8 at 64 px, shared by `ranks` processes of one thread each."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
+    found = {}
+    with utils.processes("cpu", 600):
+        torch.manual_seed(0)
+        net = model.build_model("efficientnet_b0", 10).to(memory_format=torch.channels_last)
+        optimizer = train.build_optimizer(net, "adamw", 1e-3, 0.01, 0.9, torch.device("cpu"))
+        state = train.TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        task = train.image_task({"label_smoothing": 0.0, "focal_gamma": 0.0})
+        x, y = torch.randn(16, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (16,))
+        window = data.share(list(zip(x.split(8), y.split(8), torch.arange(16).split(8))), 2 // ranks, rank, ranks)
+        step = lambda: train.train_step(state, window, task)
+        train.distribute(state)
+        found["step"] = rounds({"step": step}, 9)["step"]
+        if ranks > 1:
+            own = state.forward
+            state.forward = nn.parallel.DistributedDataParallel(net)
+            found["step, DDP's own buckets"] = rounds({"step": step}, 9)["step"]
+            state.forward = own
+            gradients = torch.zeros(sum(p.numel() for p in net.parameters()))
+            send = lambda: utils.over_all(gradients)
+            found["its gradients alone"] = rounds({"send": send}, 15)["send"]
+            found["a number alone"] = rounds({"send": lambda: utils.any_of_all(False)}, 15)["send"]
+    if rank == 0:
+        Path(output).write_text(json.dumps(found))
+
+
+def processes_part(device):
+    """What it costs to share a step: two processes of one thread each, over Gloo, beside one process of one thread."""
+    context, found = torch.multiprocessing.get_context("spawn"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (1, 2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            output = Path(folder) / f"{ranks}.json"
+            started = [context.Process(target=shared_steps, args=(rank, ranks, port, output)) for rank in range(ranks)]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join()
+            times = json.loads(output.read_text())
+            found |= {f"{name}, {ranks} of one thread": seconds for name, seconds in times.items()}
+    size = sum(p.numel() for p in model.build_model("efficientnet_b0", 10).parameters()) * 4
+    alone = statistics.median(found["step, 1 of one thread"])
+    print(f"\nprocesses: EfficientNet-B0, 64 px, 2 x 8 images a step, {size / 1e6:.1f} MB of gradients")
+    print("| what | ms | spread | x one process |\n| --- | --- | --- | --- |")
+    for name, seconds in found.items():
+        middle = statistics.median(seconds)
+        spread, ratio = (max(seconds) - min(seconds)) / middle, f"{alone / middle:.2f}" if "step" in name else ""
+        print(f"| {name} | {middle * 1e3:.2f} | {spread:.0%} | {ratio} |")
+
+
 PARTS = {"loop": loop, "data": data_part, "train": train_part, "start": start_part, "memory": memory_part,
-         "methods": methods_part, "choices": choices_part, "sudoku": sudoku}  # fmt: skip
+         "methods": methods_part, "choices": choices_part, "sudoku": sudoku,
+         "processes": processes_part}  # fmt: skip
 
 if __name__ == "__main__":
     names = sys.argv[1:] or ["all"]
