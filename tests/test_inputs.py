@@ -853,7 +853,7 @@ for kind, at in (("GIF", 6), ("BMP", 18)):
     refuse(kind, lambda: data.decode_image(Path("a.gif"), 24))
 Path("configs.json").write_text(json.dumps({{"p": dict.fromkeys(map(str, range(70_000)), 1)}}))
 try:
-    train.read_preset(Path("configs.json"), "p", {{}})  # each key compared with each took a minute
+    train.read_preset(Path("configs.json"), "p", {{}})  # each key compared with each: 47 s
 except SystemExit:
     print("keys refused")
 """
