@@ -15,6 +15,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -36,6 +37,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 MAX_ARRAY_BYTES = 8 * 2**30  # a file of a few kB can declare any size: refuse beyond this
+MAX_LINE = 2**16  # bytes of a line of puzzles
+MAX_RESIZED_PIXELS = 2**26  # at once: 0.8 GB as float32 in colour
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, as an error in place of its warning
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"}
@@ -80,13 +83,15 @@ def load(source, image_size=0, val_fraction=0.1, max_samples=0, seed=0, cache_di
     """
     if source == "":
         raise ValueError("--data '': is empty; give a folder or a file, or leave the flag out for built-in images")
-    path = None if source is None else Path(source).expanduser()
+    path = None if source is None else Path(os.path.expanduser(source))  # which leaves the user who is not there
     if path is None:
         data = built_in(image_size or 64)
     elif not path.exists():
         raise ValueError(f"--data {source}: no such file or folder; give a folder of class folders, IDX, CIFAR or NPZ")
     elif path.is_file():
         data = load_npz(path, image_size)
+    elif not path.is_dir():
+        raise ValueError(f"--data {source}: is neither a file nor a folder; give one of them")
     elif files := idx_files(path):
         data = load_idx(path, files, image_size)
     elif files := cifar_files(path):
@@ -108,20 +113,31 @@ def built_in(image_size=64, sizes=(("train", 3000), ("val", 500), ("test", 500))
     """
     classes = ["bars", "crescent", "cross", "disk", "frame", "half_disk", "ring", "square", "star", "triangle"]
     total = sum(count for _, count in sizes)
+    check_size(image_size, total, 3)
     labels = np.arange(total) % len(classes)
     images = np.empty((total, image_size, image_size, 3), np.uint8)
 
+    step = max(1, min(250, 250 * 256**2 // image_size**2))
+
     def draw(start):  # in parts, which bounds the working memory and lets two cores share it
-        part = slice(start, start + 250)
+        part = slice(start, start + step)
         images[part] = draw_shapes(labels[part], image_size, np.random.default_rng((seed, start)))
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(draw, range(0, total, 250)))
+        list(pool.map(draw, range(0, total, step)))
     splits, start = {}, 0
     for name, count in sizes:
         splits[name] = Split(images[start : start + count], labels[start : start + count])
         start += count
     return Data(splits, classes, image_size, "built-in shapes")
+
+
+def check_size(image_size, count, channels):
+    """ValueError where that many images of that size are beyond the limit of memory."""
+    needed = count * image_size**2 * channels
+    if needed > MAX_ARRAY_BYTES:
+        raise ValueError(f"--image_size {image_size}: {count:,} images take {needed:,} bytes, "
+                         f"at most {MAX_ARRAY_BYTES:,} are held; give a smaller one")  # fmt: skip
 
 
 def draw_shapes(labels, size, rng):
@@ -180,15 +196,16 @@ SHAPES = (  # signed distances, negative inside, radius 1; in the order of `buil
 def load_npz(path, image_size=0):
     """Arrays x, y or x_train, y_train and x_val, x_test …: uint8, or float in [0, 1], [N, H, W] or [N, H, W, C]."""
     try:
-        declared = max(0, *npz_sizes(path))
-        if declared > MAX_ARRAY_BYTES:
-            raise ValueError(f"{path}: declares {declared:,} bytes; at most {MAX_ARRAY_BYTES:,} are read")
+        most = min(MAX_ARRAY_BYTES, 1032 * path.stat().st_size)  # deflate makes no more of a byte
+        for declared in itertools.accumulate(npz_sizes(path)):
+            if declared > most:
+                raise ValueError(f"{path}: declares {declared:,} bytes; at most {most:,} are read from a file so large")
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if name.split("_")[0] in ("x", "y")}
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, struct.error) as error:
-        raise ValueError(f"{path}: not a whole NPZ file ({one_line(error)}); puzzles need --model sudoku_gnn") from None
-    except ValueError as error:  # numpy's own for object arrays and bad headers, and the one above
+            arrays = {name: archive[name] for name in archive.files if holds_samples(name)}
+    except (ValueError, OSError) as error:  # numpy's own for object arrays and bad headers, and the one above
         raise ValueError(one_line(error) if str(path) in str(error) else f"{path}: {one_line(error)}") from None
+    except Exception as error:  # of a damaged zip nearly anything: BadZipFile, zlib.error, RuntimeError, LZMAError
+        raise ValueError(f"{path}: not a whole NPZ file ({one_line(error)}); puzzles need --model sudoku_gnn") from None
     splits = {}
     for suffix, split in {"": "train", **{f"_{key}": name for key, name in SPLIT_NAMES.items()}}.items():
         if f"x{suffix}" in arrays:
@@ -202,15 +219,21 @@ def load_npz(path, image_size=0):
 
 
 def npz_sizes(path):
-    """The bytes that each array of an NPZ will take, as its entry and, apart from it, its header declare."""
+    """The bytes that each array of an NPZ will take, the most of what its entry and its header declare."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            yield member.file_size
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
+            if holds_samples(member.filename):
+                with archive.open(member) as file:
+                    head = io.BytesIO(file.read(2**14))  # numpy takes headers up to 10,000 bytes, after it read them
+                version = np.lib.format.read_magic(head)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
-                yield math.prod(shape) * dtype.itemsize
+                shape, _, dtype = read(head)
+                yield max(member.file_size, math.prod(shape) * dtype.itemsize)
+
+
+def holds_samples(name):
+    """Whether an array of that name, or its file in an NPZ, is one that is read."""
+    return name.removesuffix(".npy").split("_")[0] in ("x", "y")
 
 
 def pair(where, images, labels):
@@ -231,7 +254,7 @@ def pair(where, images, labels):
         raise ValueError(f"{where}: images must be uint8, or float in [0, 1]; got {images.dtype}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{where}: labels must be integers from 0; got {labels.dtype}")
-    bad = np.flatnonzero((labels < 0) | (labels.astype(np.int64) > 65_535))
+    bad = np.flatnonzero(labels != labels.astype(np.uint16))  # also right for uint64, which int64 cannot hold
     if len(bad):
         raise ValueError(f"{where}: labels must be 0 to 65535; row {bad[0]} has {labels[bad[0]]}")
     return Split(images, labels.astype(np.int64))
@@ -244,7 +267,7 @@ def idx_files(folder):
         images = sorted(p for p in folder.glob(f"{prefix}-images?idx3-ubyte*") if p.is_file())
         labels = sorted(p for p in folder.glob(f"{prefix}-labels?idx1-ubyte*") if p.is_file())
         if images and labels:
-            found[split] = (images[0], labels[0])
+            found[split] = (inside(images[0], folder), inside(labels[0], folder))
         elif images or labels:
             raise ValueError(f"{(images or labels)[0]}: images and labels come in pairs; the other file is missing")
     return found
@@ -261,7 +284,7 @@ def read_idx(path, dimensions):
             declared = math.prod(shape)
             if declared > MAX_ARRAY_BYTES:
                 raise ValueError(f"{path}: declares {declared:,} bytes; at most {MAX_ARRAY_BYTES:,} are read")
-            content = file.read(declared + 1)
+            content = file.read(min(declared, 1032 * path.stat().st_size) + 1)  # gzip holds no more; taken at once
     except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch the file again") from None
     if len(content) != declared:
@@ -282,9 +305,10 @@ def load_idx(path, files, image_size=0):
 def cifar_files(folder):
     """{split: [files]} of CIFAR's binary version, in `folder` or in the folder its archive makes."""
     for root in (folder, folder / "cifar-10-batches-bin", folder / "cifar-100-binary"):
-        train, test = sorted(root.glob("data_batch_*.bin")), sorted(root.glob("test_batch.bin"))
+        find = lambda pattern: [inside(p, folder) for p in sorted(root.glob(pattern)) if p.is_file()]
+        train, test = find("data_batch_*.bin"), find("test_batch.bin")
         if not train:
-            train, test = sorted(root.glob("train.bin")), sorted(root.glob("test.bin"))
+            train, test = find("train.bin"), find("test.bin")
         if train:
             return {"train": train, **({"test": test} if test else {})}
     return {}
@@ -298,6 +322,8 @@ def load_cifar(path, files, image_size=0):
     for split, names in files.items():
         blocks = []
         for name in names:
+            if (size := name.stat().st_size) > MAX_ARRAY_BYTES:
+                raise ValueError(f"{name}: {size:,} bytes; at most {MAX_ARRAY_BYTES:,} are read")
             content = np.fromfile(name, np.uint8)
             if not len(content) or len(content) % width:
                 raise ValueError(f"{name}: {len(content):,} bytes are no whole rows of {width}; fetch the file again")
@@ -309,7 +335,7 @@ def load_cifar(path, files, image_size=0):
         images = rows[:, width - 3072 :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # -> [N, 32, 32, 3]
         splits[split] = Split(np.ascontiguousarray(images), rows[:, width - 3073].astype(np.int64))
     listing = files["train"][0].parent / ("fine_label_names.txt" if fine else "batches.meta.txt")
-    classes = listing.read_text().split() if listing.is_file() else []
+    classes = listing.read_text("utf-8", "replace").split() if listing.is_file() else []
     classes = classes if len(classes) == count else [str(k) for k in range(count)]
     return match_size(Data(splits, classes, image_size, f"{path.name} (CIFAR-{count})"))
 
@@ -323,15 +349,20 @@ def match_size(data, chunk=512):
     size = data.image_size or min(sides)
     if size < 24 and not data.image_size:
         size = 32  # networks here need 24 px
+    check_size(size, sum(map(len, data.splits.values())), *channels)
     splits = {}
     for name, split in data.splits.items():
         height, width = split.images.shape[1:3]
         if (height, width) != (size, size):
             scale = size / min(height, width)
+            shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+            if math.prod(shape) > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{data.description}: {height}x{width} images become {shape[0]}x{shape[1]}, "
+                                 f"over {MAX_IMAGE_PIXELS:,} pixels; crop them")  # fmt: skip
+            step = max(1, min(chunk, MAX_RESIZED_PIXELS // max(height * width, math.prod(shape))))
             resized = []
-            for start in range(0, len(split), chunk):
-                x = torch.from_numpy(np.ascontiguousarray(split.images[start : start + chunk])).permute(0, 3, 1, 2)
-                shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+            for start in range(0, len(split), step):
+                x = torch.from_numpy(np.array(split.images[start : start + step])).permute(0, 3, 1, 2)
                 x = F.interpolate(x.float(), shape, mode="bilinear", antialias=True)
                 top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
                 x = x[:, :, top : top + size, left : left + size].round().clamp(0, 255).to(torch.uint8)
@@ -342,6 +373,13 @@ def match_size(data, chunk=512):
 
 
 # ----------------------------------------------------------------------------------- image folders
+
+
+def inside(path, root):
+    """`path`; ValueError for a link that leads out of the folder `root`."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path}: a link that leads out of {root}; copy the file in its place")
+    return path
 
 
 def scan_folder(root):
@@ -482,7 +520,7 @@ def find_pictures(*places):
     """The paths that files, folders (at any depth, by their suffixes) and globs name; ValueError for one of none."""
     found = []
     for place in places:
-        path = Path(place).expanduser()
+        path = Path(os.path.expanduser(place))
         named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         within = lambda folder: (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES)
         files = [file for path in named for file in (within(path) if path.is_dir() else [path])]
@@ -523,6 +561,7 @@ def decode_cached(paths, root, size, cache_dir):
     family = hashlib.sha256(repr((str(root.resolve()), size, len(paths))).encode()).hexdigest()[:8]
     target = cache_dir / f"{family}-{key}.npy"
     if not target.exists():
+        made = not cache_dir.exists()
         partial = partial_file(target, len(paths) * size * size * 3)
         try:
             # Pillow decodes outside the interpreter's lock; written as a file, as a full disk under a map is a SIGBUS
@@ -547,13 +586,21 @@ def decode_cached(paths, root, size, cache_dir):
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+            if made and not target.exists():
+                cache_dir.rmdir()
         for old in cache_dir.glob(f"{family}-*.npy"):
             if old != target:
                 try:
                     old.unlink()
                 except OSError:
                     pass  # in use by another run on Windows: that run's business
-    return np.load(target, mmap_mode="r", allow_pickle=False)
+    try:
+        images = np.lib.format.open_memmap(target, mode="r")
+        if (images.shape, images.dtype) != ((len(paths), size, size, 3), np.uint8):
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{target}: a damaged cache ({one_line(error)}); remove it") from None
+    return images
 
 
 def partial_file(target, size):
@@ -561,15 +608,15 @@ def partial_file(target, size):
 
     What processes of this machine left there that were killed is removed.
     """
-    folder, owner = target.parent, f"{platform.node()}-"
+    folder, owner = target.parent.absolute(), f"{platform.node()}-"
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free < size:
+        raise ValueError(f"--cache_dir {folder}: needs {size / 2**20:,.0f} MiB, has {free / 2**20:,.0f}; make room")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(f"*.{owner}*.partial"):
         with contextlib.suppress(OSError, ValueError):  # Windows itself refuses to remove what is open
             if os.name == "nt" or not is_alive(int(stale.stem.rpartition("-")[2])):
                 stale.unlink()
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ValueError(f"--cache_dir {folder}: needs {size / 2**20:,.0f} MiB, has {free / 2**20:,.0f}; make room")
     return target.with_suffix(f".{owner}{os.getpid()}.partial")
 
 
@@ -782,20 +829,26 @@ def read_sudoku(path, with_solutions=True, block_bytes=2**22):
             first = next((line for line in lines if line and not line.startswith(b"#")), None)
             if first is None:
                 raise ValueError(f"{path}: is empty; give a puzzle file")
+            if len(first) > MAX_LINE:
+                raise ValueError(f"{path}: line 1: too long for a puzzle; give 81 cells a line, or nine rows")
             if b"," not in first and len(first) != 81 and first.lower().decode("latin-1") not in PUZZLE_COLUMNS:
                 return read_board(path, rest), None
             columns, skip = sudoku_columns(path, first)
             columns = columns if with_solutions else (columns[0], None, columns[2])
             header, _, after = rest.partition(first) if skip else (b"", b"", rest)
             line, rest, blocks = 1 + header.count(b"\n") + skip, after.partition(b"\n")[2] if skip else after, []
+            taken = 0
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # parses while the next block is read
                 while (more := file.read(block_bytes)) or rest:
                     whole, newline, rest = (rest + more).rpartition(b"\n") if more else (rest, b"", b"")
                     if whole.strip():
                         blocks.append(pool.submit(read_rows, path, whole, line, columns))
+                    taken += len(whole)
+                    if taken > MAX_ARRAY_BYTES:
+                        raise ValueError(f"{path}: line {line}: over {MAX_ARRAY_BYTES:,} bytes of text; split the file")
                     line += whole.count(b"\n") + len(newline)
-                    if len(rest) > 2**16:
-                        raise ValueError(f"{path}: line {line}: too long for a puzzle")
+                    if len(rest) > MAX_LINE:
+                        raise ValueError(f"{path}: line {line}: too long for a puzzle; give 81 cells a line")
                 blocks = [block.result() for block in blocks]
     except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch the file again") from None
@@ -827,6 +880,9 @@ def read_rows(path, content, line, columns):
     text = np.frombuffer(content.replace(b'"', b"") + b"\n", np.uint8)
     ends = np.flatnonzero(text == 10)
     starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() > MAX_LINE:  # the loop below takes a pass for each space at the end of a line
+        place = line + (ends - starts).argmax()
+        raise ValueError(f"{path}: line {place}: too long for a puzzle; give 81 cells a line")
     while (spaces := (ends > starts) & np.isin(text[ends - 1], (9, 13, 32))).any():
         ends = ends - spaces
     numbers = line + np.arange(len(starts))
@@ -973,7 +1029,7 @@ def generated(cache_dir):
     try:
         with np.load(path, allow_pickle=False) as kept:
             return {name: (kept[f"{name}_puzzles"], kept[f"{name}_solutions"]) for name in GENERATED}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # what a damaged zip raises, see `load_npz`
         pass  # none yet, or a damaged one: made anew
     sets = {}
     for seed, (name, counts) in enumerate(GENERATED.items()):
@@ -993,13 +1049,15 @@ def generated(cache_dir):
 
 def read_splits(source):
     """{split: (puzzles, solutions)} of a file (all of it train) or of a folder of train, val and test files."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not source or not path.exists():
         raise ValueError(f"--data {source}: no such file or folder; give a puzzle file, or leave the flag out")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"--data {source}: is neither a file nor a folder; give one of them")
     files = {"train": path}
     if path.is_dir():
         named = [(SPLIT_NAMES.get(p.name.split(".")[0].lower()), p) for p in sorted(path.iterdir()) if p.is_file()]
-        files = {name: p for name, p in named if name}
+        files = {name: inside(p, path) for name, p in named if name}
         if "train" not in files or len(files) < sum(name is not None for name, _ in named):
             raise ValueError(f"{path}: needs train.csv, perhaps val.csv and test.csv (or .gz, .sdm), each once")
     sets = {name: read_sudoku(p) for name, p in files.items()}
@@ -1476,11 +1534,12 @@ if __name__ == "__main__":
     add("--count", type=int, default=1000, help="puzzles, no two alike (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed gives the same puzzles (default: %(default)s)")
     add("--output", type=Path, required=True, help="puzzle,solution in .csv; .sdm and .sdk hold the puzzle alone")
+    parser.error = lambda message: sys.exit(print(f"error: {one_line(message)}", file=sys.stderr) or 2)
     flags = parser.parse_args()
     path, suffix = flags.output, flags.output.suffix
     try:
-        if flags.count < 1 or flags.seed < 0:
-            raise ValueError("--count must be 1 or more and --seed 0 or more")
+        if not 1 <= flags.count <= 10_000_000 or flags.seed < 0:
+            raise ValueError(f"--count must be 1 to 10,000,000, got {flags.count:,}; --seed 0 or more, {flags.seed}")
         if suffix not in (".csv", ".sdm", ".sdk") or path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"--output {path}: must be a .csv, .sdm or .sdk file in a folder that exists")
         sudoku_text(suffix, np.zeros((min(flags.count, 2), 81), np.uint8))  # an .sdk holds one

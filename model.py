@@ -12,6 +12,7 @@ python model.py prints what each model needs of a GPU's memory.
 import contextlib
 import math
 import re
+import sys
 
 import torch
 import torch.nn as nn
@@ -568,6 +569,9 @@ def largest_batch(memory, memory_gb):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(f"error: model.py takes no arguments, got {sys.argv[1]!r}; leave them out", file=sys.stderr)
+        sys.exit(2)
     Conv2d.tuned_on = ()  # as on a GPU
     torch.manual_seed(0)
     print("MiB with AdamW and EMA: weights, gradients, optimizer, EMA; activations a sample; the batch that fits in")

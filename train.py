@@ -117,6 +117,19 @@ def integers(count, low, example):
     return parse
 
 
+def file_path(text):
+    """An argparse type: the text itself, where a system could have a file of that name."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: no such file or folder; give a path")
+    try:
+        longest = max(len(text) / 16, *map(len, os.fsencode(text).split(b"/")))  # 255 bytes a name, 4,080 in all
+    except UnicodeEncodeError:  # half a surrogate pair
+        longest = math.inf
+    if "\0" in text or longest > 255:
+        raise argparse.ArgumentTypeError(f"is a name that no file can have, got {shown(text)}; give another")
+    return text
+
+
 def run_name(text):
     """A folder's name that cannot leave runs/ and that every file system takes."""
     reserved = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}
@@ -144,9 +157,18 @@ class Parser(argparse.ArgumentParser):
 def fail(message):
     """End with exit status 2 and one line on standard error."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-250:]}"  # what to do stands at the end
     rank = os.environ.get("RANK", "0")
     print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def said(error):
+    """What to say of a ValueError or of the system's OSError, whose path goes first."""
+    if isinstance(error, OSError) and error.filename is not None:
+        hint = "make room there" if error.errno == errno.ENOSPC else "look at the path and at who may use it"
+        return f"{error.filename}: {error.strerror}; {hint}"
+    return str(error)
 
 
 def build_parser():
@@ -157,12 +179,12 @@ def build_parser():
     at_least_0, rate = number(float, 0), number(float, 0, open_low=True)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=str, help="a folder of class folders, IDX or CIFAR files; NPZ or puzzles; else built-in")
+    add("--data", type=file_path, help="a folder of class folders, IDX or CIFAR files; NPZ or puzzles; else built-in")
     add("--image_size", type=number(int, 0, 2048), default=0, help="px a side; 0: what suits the source")
     add("--val_fraction", type=share, default=0.1, help="of each class, set aside where the data has no val split")
     add("--max_samples", type=number(int, 0), default=0, help="a subset of each split, images by class; 0: all")
     add("--workers", type=number(int, 0, 64), help="loader processes; else chosen: none where the data fits in memory")
-    add("--cache_dir", type=str, default=".cache", help="where decoded image folders are kept")
+    add("--cache_dir", type=file_path, default=".cache", help="where decoded image folders are kept")
     add("--crop_padding", type=number(int, 0, 256), default=4, help="px of the padded crop")
     add("--flip", type=boolean, nargs="?", const=True, help="from left to right; else on for colour images only")
     add("--min_crop_area", type=number(float, 0, 1, open_low=True), default=0.35, help="of random resized crops")
@@ -176,7 +198,7 @@ def build_parser():
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(models.MODELS), default="efficientnet_b0", help="the network")
-    add("--pretrained", type=str, nargs="?", const="official", help="a weights file; alone: the official B0 file")
+    add("--pretrained", type=file_path, nargs="?", const="official", help="a weights file; alone: the official B0 file")
     four, three = integers(4, 2, "64,128,256,416"), integers(3, 0, "2,0,2")
     add("--widths", type=four, help="custom: channels of the stem and the three stages; else 64,128,256,416")
     add("--depths", type=three, help="custom: convolutions of the stages' residual parts; else 2,0,2")
@@ -238,7 +260,8 @@ def build_parser():
     add = parser.add_argument_group("run").add_argument
     add("--run_name", type=run_name, help="the folder under runs/; else model and time")
     add("--save_every", type=number(int, 0), default=0, help="steps between saves within an epoch; 0: at its end only")
-    add("--resume", type=str, nargs="?", const="", help="go on with a run (alone: the one started last)")
+    named = lambda text: text and file_path(text)
+    add("--resume", type=named, nargs="?", const="", help="go on with a run (alone: the one started last)")
     add("--early_stopping", type=number(int, 0), default=0, metavar="PATIENCE", help="validations without gain; 0: off")
     add("--min_delta", type=at_least_0, default=0.0, help="the least change that is a gain")
     add("--monitor", type=str, help="what best.pt and patience go by; else accuracy or solve_rate of val or ema")
@@ -249,15 +272,16 @@ def build_parser():
 
     add = parser.add_argument_group("other modes").add_argument
     add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
-    add("--evaluate", type=str, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
-    add("--predict", type=str, nargs="?", const=str(WEIGHTS), metavar="CKPT", help="apply it to --input; alone: Sudoku")
-    add("--export", type=str, metavar="CKPT", help="write it to --output, with what stands before and after it")
+    add("--evaluate", type=file_path, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
+    alone = {"nargs": "?", "const": str(WEIGHTS)}
+    add("--predict", type=file_path, **alone, metavar="CKPT", help="apply it to --input; alone: Sudoku")
+    add("--export", type=file_path, metavar="CKPT", help="write it to --output, with what stands before and after it")
     views = "average over six views of an image, eight symmetries of a puzzle"
     add("--tta", type=boolean, nargs="?", const=True, default=False, help=f"--evaluate, --predict: {views}")
-    add("--input", type=str, nargs="+", metavar="PATH", help="pictures, folders, globs; or a file of puzzles")
+    add("--input", type=file_path, nargs="+", metavar="PATH", help="pictures, folders, globs; or a file of puzzles")
     add("--search", type=boolean, nargs="?", const=True, default=False, help="finish what the network does not, proved")
-    add("--output", type=str, metavar="FILE", help="of --find_lr .csv, --evaluate .json .csv, --predict .csv .json "
-        "(puzzles: .csv .sdm .sdk), --export .pt2 .onnx")  # fmt: skip
+    add("--output", type=file_path, metavar="FILE", help="of --find_lr .csv, --evaluate .json .csv, --predict .csv "
+        ".json (puzzles: .csv .sdm .sdk), --export .pt2 .onnx")  # fmt: skip
     return parser
 
 
@@ -294,16 +318,19 @@ def read_preset(path, name, actions):
     """The checked flags of preset `name` in the JSON file at `path`; every fault ends in one line."""
 
     def no_twice(pairs):
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{path.name}: key {key!r} stands twice; remove one")
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"{path.name}: key {shown(key)} stands twice; remove one")
+            seen.add(key)
         return dict(pairs)
 
     def no_constant(text):
         raise ValueError(f"{path.name}: {text} is no number for JSON; give a finite one")
 
     try:
+        if path.is_file() and path.stat().st_size > 2**20:
+            raise ValueError(f"{path.name}: over {2**20:,} bytes; a preset is one short object")
         presets = json.loads(path.read_text("utf-8"), object_pairs_hook=no_twice, parse_constant=no_constant)
     except FileNotFoundError:
         fail(f"{path}: no such file; presets are read from beside train.py")
@@ -313,23 +340,25 @@ def read_preset(path, name, actions):
         fail(f"{path.name}:{error.lineno}:{error.colno}: not JSON: {error.msg}")
     except RecursionError:
         fail(f"{path.name}: nested too deep; a preset is one flat object")
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    except (ValueError, OSError) as error:  # the first above, or of a number with too many digits
+        fail(said(error) if path.name in str(error) else f"{path.name}: {error}")
     if not isinstance(presets, dict) or not all(isinstance(preset, dict) for preset in presets.values()):
         fail(f'{path.name}: must be an object of objects, {{"name": {{"flag": value}}}}')
     if name not in presets:
-        fail(f"--config {shown(name)} is no preset; there are {', '.join(presets)}")
+        fail(f"--config {shown(name)} is no preset; there are {', '.join(presets) or 'none'}")
     checked = {}
     for key, value in presets[name].items():
         if key not in actions or key in MODES:
             fail(f"{path.name}: {name}: {shown(key)} is no flag for a preset; {nearest(key, list(actions))}")
-        kind = actions[key].type or str
+        text = value if isinstance(value, str) else {list: "[...]", dict: "{...}"}.get(type(value)) or json.dumps(value)
         try:
-            checked[key] = kind(value if isinstance(value, str) else json.dumps(value))
+            checked[key] = (actions[key].type or str)(text)
         except (argparse.ArgumentTypeError, ValueError) as error:
             fail(f"{path.name}: {name}: {key} {error}")
         if isinstance(checked[key], str) != isinstance(value, str):
-            fail(f"{path.name}: {name}: {key} must be a {'string' if kind is str else 'number'}, got {shown(value)}")
+            wanted = {str: "a string", bool: "true or false"}.get(type(checked[key]), "a number")
+            got = shown(text) if isinstance(value, str) else text
+            fail(f"{path.name}: {name}: {key} must be {wanted}, got {got}")
         if actions[key].choices and value not in actions[key].choices:
             fail(f"{path.name}: {name}: {key} must be one of {actions[key].choices}, got {shown(value)}")
     return checked
@@ -1417,7 +1446,7 @@ def load_puzzles(config):
 
 def puzzles_to_score(config, given):
     """A puzzle file of --data is scored whole; else the run's own test or val split."""
-    if "data" not in given or Path(given["data"]).expanduser().is_dir():
+    if "data" not in given or os.path.isdir(os.path.expanduser(given["data"])):
         source = load_puzzles(config)
         return source, next((name for name in ("test", "val") if name in source.splits), None)
     return load_puzzles({**config, "val_fraction": 0.0, "max_samples": 0}), "train"
@@ -1589,7 +1618,7 @@ def prepare_run(config, resumed=None):
         "mean": list(mean), "std": list(std), "stored_size": train.images.shape[1],
         "fingerprint": [*source.mean, *source.std, len(train), len(val or ()), zlib.crc32(train.labels.data)],
         "source": {
-            "data": config["data"] and str(Path(config["data"]).expanduser().resolve()),
+            "data": config["data"] and str(Path(os.path.expanduser(config["data"])).resolve()),
             **{name: config[name] for name in ("val_fraction", "max_samples", "seed")},
         },
     }  # fmt: skip
@@ -1920,13 +1949,19 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of what is printed went away: no error of this program
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         return explain(error, run, config)
 
 
 def check_flags(config, given):
     """ValueError where flags do not go together."""
+    if [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]] < [2, 10]:
+        raise ValueError(f"torch {torch.__version__}: too old; give 2.10 or later: pip install -r requirements.txt")
     check_output(config)
+    cache = Path(config["cache_dir"])
+    there = next((place for place in (cache, *cache.parents) if place.exists()), cache)
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"--cache_dir {cache}: {there} is no folder; give a folder")
     for mode in READ_BY:
         if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
             why = "does not go with --" + mode if other[0] in MODES else f"--{mode} does not read it"
@@ -2025,12 +2060,9 @@ def explain(error, run, config):
 
     What is none of the errors to expect is raised.
     """
-    line, memory = utils.one_line(error), utils.out_of_memory(error)
-    if isinstance(error, OSError):
-        hint = "make room there" if error.errno == errno.ENOSPC else "give a place that can be used"
-        line = f"{error.filename}: {error.strerror}; {hint}" if error.filename and error.strerror else line
+    line, memory = utils.one_line(said(error)), utils.out_of_memory(error)
     if run is None and isinstance(error, ValueError | OSError):
-        fail(str(error) if isinstance(error, ValueError) else line)
+        fail(said(error))
     if "DataLoader" in str(error):
         end_workers()
         line += "; try --workers 0, or a longer --timeout where one was slow"
@@ -2076,12 +2108,15 @@ def check_output(config):
     if mode is None:
         raise ValueError(f"--output: only --{', --'.join(OUTPUTS)} write one; add one of them")
     path = Path(config["output"])
+    if len(os.fsencode(path.name)) > 200:  # its temporary's is longer, and a name has 255
+        raise ValueError(f"--output {path}: must be a name of at most 200 bytes; give a shorter one")
     if path.suffix not in OUTPUTS[mode] or path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output {path}: must be a {' or '.join(OUTPUTS[mode])} file in a folder that exists")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"--output {path}: its folder cannot be written to; choose another")
-    if path.exists() and any(Path(file).exists() and path.samefile(file) for file in config["input"] or ()):
-        raise ValueError(f"--output {path}: is the --input; choose another name")
+    for flag, files in (("input", config["input"] or ()), ("data", [config["data"] or ""])):
+        if path.exists() and any(Path(file).exists() and path.samefile(file) for file in files):
+            raise ValueError(f"--output {path}: is the --{flag}; choose another name")
 
 
 def check_same_run(saved, run):

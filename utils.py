@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -670,7 +671,7 @@ def pick_device(name="auto"):
         name = next(kind for kind, available in there.items() if available)
     kind = name.split(":")[0]
     number = name[len(kind) :]
-    if not there.get(kind, False) or (number and not (kind == "cuda" and number[1:].isdigit())):
+    if not there.get(kind, False) or (number and not (kind == "cuda" and re.fullmatch(r":\d{1,4}", number))):
         raise ValueError(f"--device {name}: not on this machine; it has {[k for k, ok in there.items() if ok]}")
     if number and int(number[1:]) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
@@ -748,9 +749,9 @@ def keep_freed_memory(keep=True):
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError says that memory ran out, on CUDA (its libraries too), MPS or a CPU."""
+    """Whether an error says that memory ran out, on CUDA (its libraries too), MPS or a CPU."""
     texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
 
 
 def free_bytes(device):
@@ -849,7 +850,9 @@ def lost_process(error):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print("usage: python utils.py runs/NAME/metrics.csv ...   draws curves.png beside each")
+        given = f"{sys.argv[1]!r} is no file" if sys.argv[1:] else "no file"
+        print(f"error: {given}; give one: python utils.py runs/NAME/metrics.csv ...   draws curves.png beside each",
+              file=sys.stderr)  # fmt: skip
         sys.exit(2)
     for file in sys.argv[1:]:
         try:

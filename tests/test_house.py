@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,24 +45,79 @@ def test_each_leaf_imports_alone(name, tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
 
 
+WEIGHTS, ARRAYS = {"weights_only": True}, {"allow_pickle": False}
+WANTED = {"torch.load": WEIGHTS, "torch.hub.load_state_dict_from_url": WEIGHTS, "np.load": ARRAYS}
+MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "joblib", "yaml", "code", "pty", "commands", "xmlrpc"}
+NAMES = {"eval", "exec", "compile", "__import__"}  # as builtins: torch.compile and model.eval() are others
+ENDINGS = (".system", ".popen", ".mktemp", ".getoutput", ".getstatusoutput", ".read_pickle", ".fromregex")
+
+
+def unsafe(code):
+    """The expressions of `code` that read what may hold code, evaluate text, or run a shell."""
+    found = []
+    for node in ast.walk(code):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [node] * any(name.split(".")[0] in MODULES for name in names)
+        if isinstance(node, ast.Call):
+            called, given = ast.unparse(node.func), {k.arg: getattr(k.value, "value", "?") for k in node.keywords}
+            wanted = WANTED.get(called, {})
+            bad = called in NAMES or called.endswith(ENDINGS) or "os.spawn" in called or "os.exec" in called
+            bad |= bool(given.get("shell")) or "shell" in given or bool(given.get("allow_pickle"))
+            found += [node] * (bad or any(given.get(name) is not value for name, value in wanted.items()))
+    return [ast.unparse(node) for node in found]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_that_holds_code_is_read_and_nothing_is_run_by_a_shell(name):
-    keywords = {"load": {"weights_only": True, "allow_pickle": False}}
-    keywords["load_state_dict_from_url"] = {"weights_only": True}
-    for node in ast.walk(tree(name)):
-        if not isinstance(node, ast.Call):
-            continue
-        called, owner = (
-            (node.func.attr, getattr(node.func.value, "id", ""))
-            if isinstance(node.func, ast.Attribute)
-            else (getattr(node.func, "id", ""), "")
-        )
-        given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-        assert called not in ("eval", "exec", "system", "popen") or owner in ("model", ""), ast.unparse(node)
-        assert not given.get("shell")
-        if (called == "load" and owner in ("torch", "np")) or called == "load_state_dict_from_url":
-            wanted = keywords[called]
-            assert any(given.get(k) is v for k, v in wanted.items()), ast.unparse(node)
+    assert not unsafe(tree(name))
+    assert name == "utils.py" or "ctypes" not in top_imports(name)  # there for malloc's settings alone
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p)", "np.load(p, allow_pickle=True)", "eval(t)",
+     "torch.load(p, weights_only=flag)", "import pickle", "from marshal import loads", "os.system(t)", "exec(t)",
+     "subprocess.run(t, shell=True)", "subprocess.run(t, shell=flag)", "tempfile.mktemp()", "import yaml.loader",
+     "compile(t, '', 'exec')", "os.popen(t)", "torch.hub.load_state_dict_from_url(u)", "os.execv(t, [])"],
+)  # fmt: skip
+def test_each_of_these_would_be_found(text):
+    assert unsafe(ast.parse(text))
+    safe = "torch.compile(m); m.eval(); torch.load(p, weights_only=True); np.load(p, allow_pickle=False); run([t])"
+    assert not unsafe(ast.parse(safe))
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*arguments):
+    raise AssertionError(f"the network is used: {arguments[1:]}")
+for name in ("connect", "connect_ex", "sendto", "bind"):
+    setattr(socket.socket, name, refuse)
+socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
+try:
+    socket.socket().connect(("127.0.0.1", 9))
+except AssertionError:
+    print("guarded")
+import numpy as np, torch
+torch.set_num_threads(1)
+from PIL import Image
+import train
+Image.new("RGB", (24, 24)).save("a.png")
+tiny = "--model custom --image_size 24 --max_samples 60 --batch_size 16 --epochs 1 --widths 8,16,32,48 --run_name a"
+for flags in (tiny, "--evaluate runs/a/best.pt --output a.json", "--predict runs/a/best.pt --input a.png"):
+    assert train.main(flags.split()) == 0, flags
+"""
+
+
+def test_no_network_is_used_unless_a_flag_asks(tmp_path):
+    pytest.importorskip("PIL")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OFFLINE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "guarded" in done.stdout, done.stderr[-2000:]
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.png", "a.json", "runs"} | {
+        f"a-{kind}.png" for kind in ("confusion", "reliability", "mistakes", "curves")
+    }, "what is written stands in the run folder and beside --output"
 
 
 def test_every_flag_in_the_readme_exists_and_every_command_parses():
