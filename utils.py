@@ -98,17 +98,20 @@ def load_checkpoint(path, legacy=False):
     if not path.is_file():
         instead = path / "best.pt" if (path / "best.pt").is_file() else "a .pt file of a run"
         raise ValueError(f"{path}: no such checkpoint; give {instead}")
+    damaged = None
     try:
         if not (legacy and not zipfile.is_zipfile(path)):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{path}: damaged at {damaged}; use another checkpoint of the run")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:  # the last is torch's own
-        raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and primitives, so it was not loaded") from None
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and torch raise nearly anything on damaged files, UnicodeDecodeError too
+        raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
+    if damaged:
+        raise ValueError(f"{path}: damaged at {one_line(damaged)}; use another checkpoint of the run")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
     if checkpoint.get("format_version", 0) > FORMAT_VERSION:

@@ -145,7 +145,7 @@ def test_a_flag_that_cannot_be_meant_is_refused(case):
 
 def test_torch_that_is_too_old_is_named_with_the_version_it_takes(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert "torch 2.9.1+cu128: too old; install 2.10 or later" in refused()
+    assert "torch 2.9.1+cu128: too old; give 2.10 or later" in refused()
     for version in ("2.10.0", "3.0.0a0+git1"):
         monkeypatch.setattr(torch, "__version__", version)
         assert "2.10" not in refused("--data", "nowhere")
