@@ -494,48 +494,82 @@ def test_a_run_that_was_killed_before_its_first_save_begins_again(monkeypatch):
 # ------------------------------------------------------------------------------- kills at any moment
 
 
-def kill_at_random(flags, kills, seed):
-    """Kills that many runs, each at a moment drawn from the length of a whole one, and goes on with them.
+PHASES = {"decoding": (data, "decode_cached"), "LR finder": (train, "find_lr"), "validation": (train, "evaluate"),
+          "SWA's statistics": (train, "update_bn"), "writing": (utils, "write_atomic"), "step": (train, "train_step")}
 
-    [(seconds, its files when it was killed)]; fails where one does not become the whole run, bit by bit.
+
+def traced(flags):
+    """As `attempt`; the file `phase` has what the process is doing."""
+
+    def wrap(name, owner, inner):
+        def call(*arguments, **options):
+            before = traced.now
+            traced.now = name if before == "starting" else before  # steps of the LR finder are the finder's
+            Path("phase").write_text(traced.now)
+            try:
+                return inner(*arguments, **options)
+            finally:
+                traced.now = before
+                Path("phase").write_text(before)
+
+        return call
+
+    traced.now = "starting"
+    for name, (owner, attribute) in PHASES.items():
+        setattr(owner, attribute, wrap(name, owner, getattr(owner, attribute)))
+    return attempt(flags)
+
+
+def kill_at_random(flags, kills, seed):
+    """Kills that many runs and goes on with them; fails where one does not become the whole run, bit by bit.
+
+    Every second one at a moment drawn from before a whole run's first save, the others from after it.
     """
-    began = time.monotonic()
-    assert statuses(start(attempt, f"{flags} --run_name whole", count=1)) == [0], Path("err0.txt").read_text()[-2000:]
-    length, whole, draw, moments = time.monotonic() - began, outcome("whole"), random.Random(seed), []
-    for i in range(kills):
+    draw, phases = random.Random(seed), {}
+    for name in ("whole", "timed"):  # the second is timed: the first imports more
+        began, first = time.monotonic(), None
+        process = start(attempt, f"{flags} --run_name {name}", count=1)[0]
+        while process.is_alive():
+            first = first or (Path("runs", name, "last.pt").exists() and time.monotonic() - began)
+            process.join(0.01)
+        assert process.exitcode == 0, Path("err0.txt").read_text()[-2000:]
+        length, whole = time.monotonic() - began, outcome("whole")
         shutil.rmtree(".cache", ignore_errors=True)  # so that pictures are decoded again
-        killed, moment = start(attempt, f"{flags} --run_name run{i}", count=1)[0], draw.uniform(0.1, length)
+    for i in range(kills):
+        shutil.rmtree(".cache", ignore_errors=True)
+        Path("phase").write_text("starting")
+        killed = start(traced, f"{flags} --run_name run{i}", count=1)[0]
+        moment = draw.uniform(0.1, first) if i % 2 else draw.uniform(first, length)
         killed.join(moment)
         killed.kill()
         killed.join()
         folder = Path("runs") / f"run{i}"
         left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        moments.append((moment, left))
+        phase = "it had ended" if killed.exitcode == 0 else Path("phase").read_text() or "starting"
+        phases[phase] = phases.get(phase, 0) + 1
         again = f"--resume run{i} --quiet" if "config.json" in left else f"{flags} --run_name run{i}"
         if killed.exitcode != 0:
             assert statuses(start(attempt, again, count=1)) == [0], (i, left, Path("err0.txt").read_text()[-2000:])
         assert same_outcome(whole, outcome(f"run{i}")), (i, moment, left)
         assert not [path for path in (*folder.glob(".*"), *Path(".cache").glob("*.partial"))]
         shutil.rmtree(folder)
-    print(f"{kills} kills within {length:.1f} s, all went on bitwise; {sum('last.pt' in left for _, left in moments)} "
-          "after the first save")  # fmt: skip
-    return moments
+    print(f"{kills} kills within {length:.1f} s (first save after {first:.1f} s), all went on bitwise: {phases}")
 
 
-def everything():
+def everything(epochs, size):
     """Flags of a run that decodes, sweeps rates, trains, saves each step, averages weights and validates."""
     from test_data import save_folder
 
-    save_folder(Path("photos"), ("train", "val"), count=9)
-    return f"{SMALL} --data photos --batch_size 4 --save_every 1 --epochs 6 {EVERYWHERE} --lr auto"
+    save_folder(Path("photos"), ("train", "val"), count=9, size=(size, size))
+    return f"{SMALL} --data photos --batch_size 4 --save_every 1 --epochs {epochs} {EVERYWHERE} --lr auto"
 
 
 @posix
 def test_runs_killed_at_random_moments_go_on_bitwise():
-    kill_at_random(everything(), 3, seed=0)
+    kill_at_random(everything(3, 30), 2, seed=0)
 
 
 @posix
 @pytest.mark.slow
 def test_a_hundred_runs_killed_at_random_moments_go_on_bitwise():
-    kill_at_random(everything(), 100, seed=1)
+    kill_at_random(everything(20, 1500), 100, seed=1)
