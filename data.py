@@ -1026,11 +1026,9 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
 def generated(cache_dir):
     """{split: (puzzles, solutions)} of GENERATED, kept in `cache_dir` once they are made."""
     path = cache_dir / f"sudoku-{mix(*GENERATED.items(), 'generator 1'):x}.npz"
-    try:
+    with contextlib.suppress(Exception):  # none yet, or a damaged one, see `load_npz`: made anew
         with np.load(path, allow_pickle=False) as kept:
             return {name: (kept[f"{name}_puzzles"], kept[f"{name}_solutions"]) for name in GENERATED}
-    except Exception:  # what a damaged zip raises, see `load_npz`
-        pass  # none yet, or a damaged one: made anew
     sets = {}
     for seed, (name, counts) in enumerate(GENERATED.items()):
         levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]

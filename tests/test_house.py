@@ -123,9 +123,11 @@ def test_no_network_is_used_unless_a_flag_asks(tmp_path):
 def test_every_flag_in_the_readme_exists_and_every_command_parses():
     known = {option for action in train.build_parser()._actions for option in action.option_strings}
     flags = set(re.findall(r"(?<![\w-])--[a-z_]+", README)) - {"--index-url", "--upgrade"}
+    flags -= {"--nproc_per_node", "--max_restarts", "--nnodes", "--node_rank", "--master_addr"}  # torchrun's own
     flags -= set(re.findall(r'add\("(--[a-z_]+)"', (ROOT / "data.py").read_text("utf-8")))  # python data.py
     assert flags <= known, flags - known
     commands = [c.split("#")[0].strip() for c in re.findall(r"python train\.py[^\n`|]*", README)]
+    commands += [f"python{c.split('#')[0]}" for c in re.findall(r"torchrun [^\n`|]*?( train\.py[^\n`|]*)", README)]
     assert len(commands) >= 6
     for command in commands:
         words = [word for word in command.split()[2:] if word != "&&"]
