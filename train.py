@@ -41,6 +41,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported, for seconds: no traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -756,6 +759,7 @@ def accumulate(state, window, task, augment, dtype, idle=False):
     if ranks == 1:
         return sums
     if error:  # in place of the gradients, which the others wait for
+        inputs = outputs = loss = None  # else the pass that failed keeps its memory
         dist.all_reduce(torch.full((sum(p.numel() for p in state.parameters if p.requires_grad),), math.nan,
                                    dtype=state.parameters[0].dtype, device=device))  # fmt: skip
         sums = no_sums(task, device)
@@ -991,13 +995,18 @@ def fit(state, run, stop=()):
                     raise FloatingPointError(f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not finite; try "
                                              "a new run with a lower --lr, --clip_grad_norm 1.0 or --amp False")
                 state.epoch_step += 1
-                bar.update(sum(map(len, left)))
+                now = time.perf_counter()
+                state.seconds = now - began
+                if state.stop if ranks > 1 else stop:  # among several, what all agreed on in the step
+                    return stopped(f"at step {state.step}")
+                if config["save_every"] and state.step % config["save_every"] == 0:
+                    save()
+                bar.update(sum(map(len, left)))  # after the save: the terminal may be gone
                 if track and state.step % TRACK_EVERY == 0:
                     lr = state.optimizer.param_groups[0]["lr"]
                     values = {"step_loss": (sums.loss / sums.items).item(), "step_lr": lr, "step_gradient_norm": norm}
                     for tracker in track:
                         tracker(state.step, values)
-                now = time.perf_counter()
                 usual, slow = slow_step(usual, now - step_began)
                 if slow and run.device.type != "cpu":
                     log(f"warning: step {state.step} took {now - step_began:.1f} s, others {usual:.2f} s: memory may "
@@ -1009,11 +1018,6 @@ def fit(state, run, stop=()):
                     form = {"loss": "loss {:.3f}", task.monitor: task.shown.get(task.monitor, "loss {:.3f}")}
                     parts = [form[name].format(found[name]) for name in form if name in found]
                     bar.set_postfix_str(", ".join(parts + bad), refresh=False)
-                state.seconds = time.perf_counter() - began
-                if state.stop if ranks > 1 else stop:  # among several, what all agreed on in the step
-                    return stopped(f"at step {state.step}")
-                if config["save_every"] and state.step % config["save_every"] == 0:
-                    save()
 
         train, seconds = means(state.sums, task), state.seconds
         row = {"epoch": epoch + 1, "step": state.step, **{f"train_{k}": v for k, v in train.items()}}

@@ -213,6 +213,7 @@ def logger(path=None, past=()):
     """A function log(line): to the terminal, above any bar, and to the file at `path` where given.
 
     `past` holds lines that the terminal has had and the file has not. Of several processes the first alone logs.
+    A line that cannot be written is left out: the run matters more.
     """
     if world()[0]:
         return lambda line: None
@@ -221,10 +222,11 @@ def logger(path=None, past=()):
             file.writelines(line + "\n" for line in past)
 
     def log(line):
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
         if path is not None:
-            with open(path, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # of a disk that is full
                 file.write(line + "\n")
 
     return log

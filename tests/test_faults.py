@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -159,6 +160,28 @@ def test_a_disk_that_fills_up_in_a_run_ends_it_in_one_line_and_the_run_goes_on(m
     assert len(log) == 1 and "No space left on device; make room there" in log[0]
     assert "the last good checkpoint is of step 2; go on with: python train.py --resume cut" in log[0]
     assert train.main(["--resume", "cut"]) == 0 and same_outcome(whole, outcome("cut"))
+
+
+def test_a_log_or_a_terminal_that_cannot_be_written_to_does_not_end_a_run(monkeypatch):
+    whole = run("", "whole")
+
+    def opened(path, mode="r", *rest, **options):
+        if str(path).endswith("log.txt") and Path("runs/cut/last.pt").exists():
+            full()
+        return builtins.open(path, mode, *rest, **options)
+
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        flush = fileno = lambda self: self.write("")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "open", opened, raising=False)
+        patch.setattr(sys, "stdout", Gone())
+        assert train.main(f"{TINY} --run_name cut".split()) == 0
+    assert same_outcome(whole, outcome("cut"))
+    assert "2 steps an epoch" in outcome("cut")[2] and "epoch 1/2" not in outcome("cut")[2]
 
 
 def test_what_reads_back_otherwise_replaces_nothing(tmp_path, monkeypatch):
