@@ -179,7 +179,7 @@ def test_a_log_or_a_terminal_that_cannot_be_written_to_does_not_end_a_run(monkey
     with monkeypatch.context() as patch:
         patch.setattr(utils, "open", opened, raising=False)
         patch.setattr(sys, "stdout", Gone())
-        assert train.main(f"{TINY} --run_name cut".split()) == 0
+        assert train.main(f"{TINY} --run_name cut --quiet".split()) == 0
     assert same_outcome(whole, outcome("cut"))
     assert "2 steps an epoch" in outcome("cut")[2] and "epoch 1/2" not in outcome("cut")[2]
 
