@@ -353,18 +353,26 @@ def read_preset(path, name, actions):
     for key, value in presets[name].items():
         if key not in actions or key in MODES:
             fail(f"{path.name}: {name}: {shown(key)} is no flag for a preset; {nearest(key, list(actions))}")
-        text = value if isinstance(value, str) else {list: "[...]", dict: "{...}"}.get(type(value)) or json.dumps(value)
         try:
-            checked[key] = (actions[key].type or str)(text)
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            fail(f"{path.name}: {name}: {key} {error}")
-        if isinstance(checked[key], str) != isinstance(value, str):
-            wanted = {str: "a string", bool: "true or false"}.get(type(checked[key]), "a number")
-            got = shown(text) if isinstance(value, str) else text
-            fail(f"{path.name}: {name}: {key} must be {wanted}, got {got}")
-        if actions[key].choices and value not in actions[key].choices:
-            fail(f"{path.name}: {name}: {key} must be one of {actions[key].choices}, got {shown(value)}")
+            checked[key] = checked_value(key, value, actions[key])
+        except ValueError as error:
+            fail(f"{path.name}: {name}: {error}")
     return checked
+
+
+def checked_value(key, value, action):
+    """The value of a flag in JSON as argparse's `action` takes it; ValueError in one line where it does not."""
+    text = value if isinstance(value, str) else {list: "[...]", dict: "{...}"}.get(type(value)) or json.dumps(value)
+    try:
+        found = (action.type or str)(text)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{key} {error}") from None
+    if isinstance(found, str) != isinstance(value, str):
+        wanted = {str: "a string", bool: "true or false"}.get(type(found), "a number")
+        raise ValueError(f"{key} must be {wanted}, got {shown(text) if isinstance(value, str) else text}")
+    if action.choices and value not in action.choices:
+        raise ValueError(f"{key} must be one of {action.choices}, got {shown(value)}")
+    return found
 
 
 # ------------------------------------------------------------------------- what the loop carries
@@ -460,6 +468,9 @@ class TrainState:
                 self.ema[name].copy_(tensor)
         if self.swa is not None:
             self.swa.load_state_dict(saved["swa"])
+
+
+SAVED = (*TrainState.PLAIN, "model", "optimizer", "scaler", "ema", "swa", "sums", "meta")
 
 
 class Together:
@@ -1894,7 +1905,7 @@ def find_run(name):
             with contextlib.suppress(ValueError):  # a damaged one is not the one that is meant
                 starts[read_run_config(path)["environment"]["started"], path.parent.name] = path.parent
     for start in sorted(starts, reverse=True):
-        if not utils.load_newest(starts[start])["finished"]:
+        if not utils.load_newest(starts[start], SAVED)["finished"]:
             return starts[start]
     raise ValueError(f"--resume: no unfinished run with a checkpoint in {RUNS.resolve()}; start one without --resume")
 
@@ -1902,8 +1913,14 @@ def find_run(name):
 def read_run_config(path):
     try:
         found = json.loads(path.read_text("utf-8"))
-        return {"config": dict(found["config"]), "environment": dict(found["environment"])}
-    except (ValueError, KeyError, TypeError) as error:
+        config, environment = dict(found["config"]), {"processes": 1, "launcher": "", **found["environment"]}
+        for action in build_parser()._actions:
+            if config.get(action.dest) is not None:
+                checked_value(action.dest, config[action.dest], action)
+        if not (isinstance(environment["started"], str) and type(environment["processes"]) is int):
+            raise ValueError("its environment is not a run's")
+        return {"config": config, "environment": environment}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({utils.one_line(error)}); restore it or start a new run") from None
 
 
@@ -1922,7 +1939,7 @@ def resumed_config(folder, config, given, ranks=1):
             raise ValueError(f"--{key} {value}: the run has {stored[key]}; leave the flag out, or start a new run")
         if key in FREE_ON_RESUME and key != "run_name":
             stored[key] = value
-    batches = stored["accumulation_steps"] * environment.get("processes", 1)
+    batches = stored["accumulation_steps"] * environment["processes"]
     if batches % ranks:
         raise ValueError(f"--resume {folder.name}: a step has {batches} batches, which {ranks} processes cannot share "
                          f"alike; start {math.gcd(batches, ranks)}")  # fmt: skip
@@ -2007,7 +2024,7 @@ def begin(config, given, held):
             config = resumed_config(folder, config, given, ranks)
             if rank == 0:
                 held.enter_context(utils.lock(folder))
-            saved = utils.load_newest(folder)
+            saved = utils.load_newest(folder, SAVED)
         utils.check_agreement({"checkpoints; the folder runs must be one": saved and saved["step"]})
         if saved and saved["finished"]:
             raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
@@ -2050,7 +2067,7 @@ def restarted(folder):
     """Whether torchrun has started this process again, and the run in `folder` is the one that it started before."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (folder / "config.json").is_file():
         return False
-    return read_run_config(folder / "config.json")["environment"].get("launcher") == utils.launcher()
+    return read_run_config(folder / "config.json")["environment"]["launcher"] == utils.launcher()
 
 
 def disk_bytes(state, whole):

@@ -119,17 +119,21 @@ def load_checkpoint(path, legacy=False):
     return checkpoint
 
 
-def load_newest(folder, log=print):
+def load_newest(folder, needed=("step",), log=print):
     """The whole one of `last.pt` and `previous.pt` in `folder` with the highest step; None where there never was any.
 
-    A damaged one is set aside as `*.damaged` with a warning; ValueError where none but damaged ones is left.
+    A damaged one, or one that lacks a key that is `needed`, is set aside as `*.damaged` with a warning; ValueError
+    where none but damaged ones is left.
     """
     folder, found = Path(folder), []
     for name in ("last.pt", "previous.pt"):
         path = folder / name
         if path.exists():
             try:
-                found.append(load_checkpoint(path))
+                checkpoint = load_checkpoint(path)
+                if absent := [key for key in needed if key not in checkpoint]:
+                    raise ValueError(f"{path}: has no {absent[0]}, so it is no checkpoint of a run")
+                found.append(checkpoint)
             except ValueError as error:
                 if "this kit reads up to" in str(error):
                     raise  # whole, and another version's

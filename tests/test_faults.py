@@ -282,6 +282,34 @@ def test_when_both_checkpoints_are_damaged_nothing_is_begun_in_silence(monkeypat
     assert {"last.damaged", "previous.damaged"} <= {path.name for path in Path("runs/cut").iterdir()}
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [(lambda found: found["config"].update(epochs="many"), "epochs must be an integer at least 1, got 'many'"),
+     (lambda found: found["config"].update(flip=[1]), "flip must be True or False"),
+     (lambda found: found["config"].pop("epochs"), "its flags are not this kit's (epochs)"),
+     (lambda found: found["environment"].update(processes="two"), "its environment is not a run's"),
+     (lambda found: found.update(environment=3), "damaged")],
+)  # fmt: skip
+def test_a_run_whose_config_was_edited_is_one_line_and_status_2(monkeypatch, capsys, change, message):
+    run_stopped(monkeypatch, 1, "", "cut")
+    path = Path("runs/cut/config.json")
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert attempt("--resume cut") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: runs/cut")
+
+
+def test_a_checkpoint_of_another_program_is_set_aside(monkeypatch, capsys):
+    run_stopped(monkeypatch, 2, "--save_every 1", "cut")
+    torch.save({"model": {}, "step": 99}, "runs/cut/last.pt")
+    capsys.readouterr()
+    assert attempt("--resume cut") == 0
+    assert "runs/cut/last.pt: has no epoch, so it is no checkpoint of a run; set aside" in capsys.readouterr().out
+
+
 def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_says(tmp_path, monkeypatch):
     for name, step in (("last.pt", 5), ("previous.pt", 7)):
         (tmp_path / "one").mkdir(exist_ok=True)
