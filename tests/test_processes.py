@@ -227,6 +227,17 @@ def hang():
 TWO = "--accumulation_steps 2 --save_every 1 --run_name"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last checkpoint of a run of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        together(main, f"{TWO} whole")
+        return last("whole")
+
+
 @pytest.mark.parametrize("flags", ["", "--swa_start_epoch 1 --sam_rho 0.1 --mixup 0.3", "--freeze_epochs 1"])
 def test_a_run_of_two_processes_is_the_run_of_one_and_the_first_alone_writes(flags):
     Path("elsewhere").mkdir()
@@ -244,8 +255,7 @@ def test_a_run_of_two_processes_is_the_run_of_one_and_the_first_alone_writes(fla
         assert round(b["val_accuracy"] * 60, 6) % 1 == 0  # 60 samples, none counted twice
 
 
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_with_any_number(capfd):
-    together(main, f"{TWO} whole")
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_with_any_number(whole):
     codes = statuses(start(main, f"{TWO} stopped", 1, 1, terminate))
     assert codes == [143, 143]
     assert "stopped in the validation of epoch 1; go on with" in Path("out0.txt").read_text()  # after the last step
@@ -255,16 +265,15 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_with_any_number(c
         for path in Path("runs/stopped").glob("*.*"):
             (Path("runs") / name / path.name).write_bytes(path.read_bytes())
     together(main, "--resume stopped --quiet")
-    assert same(last("whole"), last("stopped"))
+    assert same(whole, last("stopped"))
     assert main("--resume alone --quiet") == 0
-    assert close(last("whole"), last("alone")) and last("alone")["config"]["accumulation_steps"] == 4
-    capfd.readouterr()
+    assert close(whole, last("alone")) and last("alone")["config"]["accumulation_steps"] == 4
     assert statuses(start(main, "--resume three", count=3)) == [2, 1, 1]
     assert "a step has 4 batches, which 3 processes cannot share alike; start 1" in Path("err0.txt").read_text()
 
 
 @pytest.mark.parametrize("act", [die, hang])
-def test_a_process_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(act):
+def test_a_process_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(act, whole):
     seconds = 3 if act is hang else 60
     processes = start(main, f"{TWO} lost --timeout {seconds}", 1, 2, act)
     processes[0].join(60)
@@ -275,8 +284,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(act):
     assert "last good checkpoint is of step 2; go on with: python train.py --resume lost" in log
     assert "Traceback" not in Path("err0.txt").read_text()
     together(main, "--resume lost --quiet --timeout 60")
-    together(main, f"{TWO} whole")
-    assert same(last("whole"), last("lost"))
+    assert same(whole, last("lost"))
 
 
 def test_what_is_chosen_by_trials_is_chosen_by_all():
@@ -286,27 +294,37 @@ def test_what_is_chosen_by_trials_is_chosen_by_all():
     assert stored["environment"]["processes"] == 2
 
 
-def of_rank(*flags):
-    return main(flags[int(os.environ["RANK"])])
+REFUSED = [  # the flags of both processes, their variables, the message
+    (["--run_name a --seed 1", "--run_name a --seed 2"], {}, "the processes have different flags"),
+    (["--find_lr --device mps"] * 2, {}, "--device mps: not on this machine"),
+    (["--run_name a"] * 2, {"MASTER_ADDR": ""}, "MASTER_ADDR: is not set, others of torchrun's variables are"),
+    (["--run_name a --compile"] * 2, {}, "--compile: does not go with several processes"),
+    (["--run_name a --sync_batchnorm"] * 2, {}, "--sync_batchnorm: is for several CUDA devices"),
+    (["--run_name a --effective_batch 36"] * 2, {}, "must be a multiple of the batch, 12, times 2 processes"),
+    (["--run_name a --batch_size auto --effective_batch 33"] * 2, {}, "--effective_batch 33: must be a multiple of 2"),
+    ([""] * 2, {"TORCHELASTIC_MAX_RESTARTS": "3"}, "--run_name: torchrun --max_restarts needs one"),
+]
 
 
-@pytest.mark.parametrize(
-    "flags, variables, message",
-    [
-        (["--run_name a --seed 1", "--run_name a --seed 2"], {}, "the processes have different flags"),
-        (["--find_lr --device mps"] * 2, {}, "--device mps: not on this machine"),
-        (["--run_name a"] * 2, {"MASTER_PORT": ""}, "MASTER_PORT: is not set, others of torchrun's variables are"),
-        (["--run_name a --compile"] * 2, {}, "--compile: does not go with several processes"),
-        (["--run_name a --sync_batchnorm"] * 2, {}, "--sync_batchnorm: is for several CUDA devices"),
-        (["--run_name a --effective_batch 36"] * 2, {}, "must be a multiple of the batch, 12, times 2 processes"),
-        ([""] * 2, {"TORCHELASTIC_MAX_RESTARTS": "3"}, "--run_name: torchrun --max_restarts needs one"),
-    ],
-)  # fmt: skip
-def test_what_does_not_suit_several_processes_is_one_line_and_status_2(flags, variables, message):
-    assert statuses(start(of_rank, *flags, **variables)) == [2, 2]
+def refused(ports):
+    """Tries all of REFUSED, one after the other; their statuses to a file, their errors to standard error."""
+    found, rank = [], int(os.environ["RANK"])
+    for (flags, variables, _), port in zip(REFUSED, ports):
+        before = dict(os.environ)
+        os.environ.update({"MASTER_PORT": str(port), **variables})
+        found.append(main(flags[rank]))
+        os.environ.clear()
+        os.environ.update(before)
+    Path(f"statuses{rank}.json").write_text(json.dumps(found))
+
+
+def test_what_does_not_suit_several_processes_is_one_line_and_status_2():
+    together(refused, [free_port() for _ in REFUSED])
     for rank in range(2):
-        error = Path(f"err{rank}.txt").read_text()
-        assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+        errors = Path(f"err{rank}.txt").read_text().splitlines()
+        assert json.loads(Path(f"statuses{rank}.json").read_text()) == [2] * len(REFUSED) == [2] * len(errors)
+        for error, (_, _, message) in zip(errors, REFUSED):
+            assert error.startswith("error: " + "process 1: " * rank) and message in error
     assert not Path("runs").exists()
 
 
@@ -318,7 +336,7 @@ def torchrun(arguments, script=None, seconds=120, **variables):
                           timeout=seconds)  # fmt: skip
 
 
-def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_ends_as_if_nothing_had_been():
+def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_ends_as_if_nothing_had_been(whole, monkeypatch):
     Path("fragile.py").write_text(
         "import os, pathlib, signal, sys, train\n"
         "inner, died = train.train_step, pathlib.Path('died')\n"
@@ -333,7 +351,12 @@ def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_ends_as_if_nothi
     done = torchrun(["--max_restarts", "1", "--", *TINY, *f"{TWO} again".split()], "fragile.py")
     assert done.returncode == 0 and Path("died").exists(), done.stderr[-2000:]
     assert "resumed at step 3" in done.stdout
-    together(main, f"{TWO} whole")
-    assert same(last("whole"), last("again"))
-    done = torchrun(["--max_restarts", "1", "--", *TINY, *f"{TWO} again".split()])
-    assert done.returncode == 1 and "runs/again exists" in done.stderr  # another job's run is not gone on with
+    assert same(whole, last("again"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not train.restarted(Path("runs/again"))  # another torchrun's run is not gone on with
+    monkeypatch.setattr(utils, "launcher", lambda: train.read_run_config(Path("runs/again/config.json"))
+                        ["environment"]["launcher"])  # fmt: skip
+    assert train.restarted(Path("runs/again"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not train.restarted(Path("runs/again"))
