@@ -1450,14 +1450,10 @@ def chunks(order, batch_size):
     return pieces
 
 
-def share(pieces, size, rank, ranks):
-    """The pieces of one of several processes: every ranks-th of each window of size * ranks.
-
-    Where its share of the last window would be empty, the last piece stands in there, so that all have as many windows.
-    """
+def share(pieces, rank, ranks):
+    """Every ranks-th of the pieces; the last stands in where one is missing, so that all processes have as many."""
     mine = pieces[rank::ranks]
-    windows = lambda count: -(-count // size)
-    return mine + pieces[-1:] * (windows(len(mine)) < windows(len(pieces[::ranks])))
+    return mine + pieces[-1:] * (len(pieces[::ranks]) - len(mine))
 
 
 def ignore_signals(worker):

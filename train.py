@@ -652,7 +652,7 @@ def keep_both(images, targets, index):
 
 
 def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0,
-               seed=None, sam_rho=0.0, idle=False):  # fmt: skip
+               seed=None, sam_rho=0.0, counted=None):  # fmt: skip
     """Mutates `state`: one optimizer update from a window of batches (images, targets, index).
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient of
@@ -663,9 +663,11 @@ def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip
     with the same randomness, and `state.micro_batch` keeps their size. Returns (Sums, gradient norm,
     whether the step was good).
 
-    Among several processes each has its share of the window, `idle` where it is none and stands in for one; sums,
-    gradients, `state.stop` and all that is decided are those of all. Float buffers, as BatchNorm's, become their mean.
+    Among several processes each has its share of the window, of which `counted` batches count (None: all) and the
+    others stand in; sums, gradients, `state.stop` and all that is decided are those of all. Float buffers, as
+    BatchNorm's, become their mean.
     """
+    counted = len(window) if counted is None else counted
     held = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:
         seed = int(torch.randint(2**62, ()))
@@ -673,7 +675,8 @@ def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip
     def one_pass():
         if seed is not None:
             set_seed(seed, state.parameters[0].device)
-        return accumulate(state, split(window, state.micro_batch), task, augment, dtype, idle)
+        real, extra = (split(part, state.micro_batch) for part in (window[:counted], window[counted:]))
+        return accumulate(state, real, task, augment, dtype, extra)
 
     sums = None
     while sums is None:
@@ -739,32 +742,39 @@ def sharpness_aware(state, rho, one_pass):
     return norm
 
 
-def accumulate(state, window, task, augment, dtype, idle=False):
+def accumulate(state, window, task, augment, dtype, extra=()):
     """Mutates the gradients of `state`: adds those of the window's mean loss; the window's Sums.
 
-    Among several processes both are those of all, and where memory ran out in one, all raise OutOfMemoryError.
+    Among several processes both are those of all, `extra` batches weigh nothing, and where memory ran out in one, all
+    raise OutOfMemoryError.
     """
     forward = state.model if state.forward is None else state.forward
     ranks, device = utils.world()[1], state.parameters[0].device
-    counts = [0 if idle else task.items(targets) for _, targets, _ in window]
-    items, sums, error = sum(counts), no_sums(task, device) if idle else None, None
+    counts = [task.items(targets) for _, targets, _ in window]
+    items, sums, error = sum(counts), None, None
     if ranks > 1:
+        forward.reducer._rebuild_buckets()  # DDP does so in a forward pass and sends: here nothing has failed yet
         items = utils.over_all(torch.as_tensor(items, device=device).float()) / ranks  # DDP takes the mean over ranks
+        sums = no_sums(task, device)
     try:
-        for i, ((images, targets, index), count) in enumerate(zip(window, counts)):
-            silent = ranks > 1 and i + 1 < len(window)  # the last batch of a window alone sends gradients
+        for i, ((images, targets, index), count) in enumerate(zip([*window, *extra], [*counts, *[0] * len(extra)])):
+            if i == len(window):
+                held = [buffer.clone() for buffer in state.buffers]  # what stands in moves no statistics
+            silent = ranks > 1 and i + 1 < len(window) + len(extra)  # the last batch of a window alone sends gradients
             with forward.no_sync() if silent else contextlib.nullcontext():
                 with autocast(images.device, dtype):
                     inputs, targets = augment(images, targets, index)
                     outputs = forward(inputs)
                     loss = task.loss(outputs, targets)
+                if i < len(window):  # before the gradients are sent: after that nothing may fail
+                    found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
+                    sums = found if sums is None else sums.plus(found)
                 # as that of loss / items, two operations less
-                state.scaler.scale(loss).backward(loss.new_full((), not idle) / items)
-            if not idle:
-                found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
-                sums = found if sums is None else sums.plus(found)
+                state.scaler.scale(loss).backward(loss.new_full((), i < len(window)) / items)
+        for buffer, old in zip(state.buffers, held if extra else ()):
+            buffer.copy_(old)
     except RuntimeError as raised:
-        if ranks == 1 or not utils.out_of_memory(raised):
+        if ranks == 1 or not utils.out_of_memory(raised) or synchronised(state.model):
             raise
         error = utils.one_line(raised)
     if ranks == 1:
@@ -781,6 +791,11 @@ def accumulate(state, window, task, augment, dtype, idle=False):
     return sums
 
 
+def synchronised(model):
+    """Whether forward passes of the model wait for each other among processes: then none can fail alone."""
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+
+
 def over_all(sums, task, device, *flags):
     """(Sums, sums of the flags) over all processes, in one message."""
     like, width = dict(dtype=sum_dtype(device), device=device), len(task.metrics)
@@ -792,7 +807,7 @@ def over_all(sums, task, device, *flags):
 def distribute(state):
     """Mutates `state.forward`: the model in DistributedDataParallel, where there are several processes.
 
-    In one bucket, sent when the last gradient is there: where memory runs out before, the process has sent nothing yet.
+    In one bucket, sent when the last gradient is there: where memory runs out in a pass, nothing has been sent yet.
     DDP's own two, of 1 and 25 MB, would overlap next to nothing: EfficientNet-B0 has 16 MB in all.
     """
     if utils.world()[1] > 1:
@@ -930,6 +945,17 @@ def windows(batches, size):
         yield window
 
 
+def shared_windows(fetch, pieces, size):
+    """(window, how many of its batches count, samples in it over all processes) of this process.
+
+    A window takes `size` of the pieces, lists of indices, in each process.
+    """
+    rank, ranks = utils.world()
+    for i, window in enumerate(windows(fetch(data.share(pieces, rank, ranks)), size)):
+        of_all = pieces[i * size * ranks : (i + 1) * size * ranks]
+        yield window, len(of_all[rank::ranks]), sum(map(len, of_all))
+
+
 def fit(state, run, stop=()):
     """Mutates `state`: train it to the end of the run, or until `stop` holds a signal; the exit status.
 
@@ -940,7 +966,6 @@ def fit(state, run, stop=()):
     monitor, higher = config["monitor"], utils.higher_is_better(config["monitor"])
     rank, ranks = utils.world()
     track = utils.trackers(folder, config, config["tensorboard"], config["wandb"]) if rank == 0 else []
-    size = config["accumulation_steps"] * ranks  # batches a step
 
     loss = f"{monitor.split('_')[0]}_loss"
     scored = lambda: [row for row in state.history if loss in row]  # the epochs that ended in a validation
@@ -957,7 +982,7 @@ def fit(state, run, stop=()):
             raise FloatingPointError(f"{error}; try a new run with a lower --lr") from None
 
     def save():
-        write("last.pt", {**state.to_checkpoint(), "config": config, "batches_a_step": size})
+        write("last.pt", {**state.to_checkpoint(), "config": config})
 
     def export(name, weights, row):
         write(name, {"model": weights, "step": state.step, "epoch": state.epoch, "metrics": row})
@@ -973,7 +998,7 @@ def fit(state, run, stop=()):
         if config["scheduler"] == "plateau":
             cuts = plateau_cuts(monitored(), config["scheduler_patience"], higher, config["min_delta"])
         pieces = data.chunks(run.order(epoch), config["batch_size"])
-        start = state.epoch_step * size
+        start = state.epoch_step * config["accumulation_steps"] * ranks
         if state.sums is None:
             state.sums = no_sums(task, run.device)
         usual = 0.0  # seconds of a step, smoothed
@@ -985,17 +1010,16 @@ def fit(state, run, stop=()):
         )  # fmt: skip
         augment = lambda *batch: run.augment(*batch, epoch)
         freeze(state, epoch < config["freeze_epochs"])
-        mine = data.share(pieces[start:], config["accumulation_steps"], rank, ranks)
+        shared = shared_windows(run.fetch_train, pieces[start:], config["accumulation_steps"])
         with contextlib.closing(bar):
-            for window in windows(run.fetch_train(mine), config["accumulation_steps"]):
-                left = pieces[state.epoch_step * size : (state.epoch_step + 1) * size]  # of all processes
+            for window, counted, samples in shared:
                 state.stop = bool(stop)
                 set_rates(state.optimizer, *run.schedule(state.step, cuts))
                 step_began, micro_batch = time.perf_counter(), state.micro_batch
                 sums, norm, good = train_step(
                     state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"],
                     seed=data.mix(config["seed"], state.step, rank),  # dropout = f(seed, step, rank)
-                    sam_rho=config["sam_rho"], idle=rank >= len(left),
+                    sam_rho=config["sam_rho"], counted=counted,
                 )
                 if state.micro_batch != micro_batch:
                     log(f"step {state.step}: out of memory, so done again; from here on {state.micro_batch} at once")
@@ -1012,7 +1036,7 @@ def fit(state, run, stop=()):
                     return stopped(f"at step {state.step}")
                 if config["save_every"] and state.step % config["save_every"] == 0:
                     save()
-                bar.update(sum(map(len, left)))  # after the save: the terminal may be gone
+                bar.update(samples)  # after the save: the terminal may be gone
                 if track and state.step % TRACK_EVERY == 0:
                     lr = state.optimizer.param_groups[0]["lr"]
                     values = {"step_loss": (sums.loss / sums.items).item(), "step_lr": lr, "step_gradient_norm": norm}
@@ -1062,7 +1086,7 @@ def fit(state, run, stop=()):
             monitored(), higher, config["min_delta"]
         )
         state.finished = bool(state.epoch == config["epochs"] or patience_gone)
-        if since == 0 and not better(folder / "best.pt", monitor, higher, row):
+        if rank == 0 and since == 0 and not better(folder / "best.pt", monitor, higher, row):
             model, weights = kinds.get(monitor.split("_")[0], (state.model, None))
             export("best.pt", weights or model.state_dict(), row)
         if state.ema is not None:
@@ -1094,7 +1118,7 @@ def fit(state, run, stop=()):
 def recompute_statistics(state, run, epoch, stop=()):
     """Mutates `state.swa`: BatchNorm statistics of the mean weights, over the epoch's augmented data; its model."""
     set_seed(data.mix(run.config["seed"], state.step, 1), run.device)  # dropout above a BatchNorm
-    batches = itertools.takewhile(lambda batch: not stop, run.fetch_train(run.order(epoch)))
+    batches = itertools.takewhile(lambda batch: not utils.any_of_all(stop), run.fetch_train(run.order(epoch)))
     inputs = (run.augment(*batch, epoch)[0] for batch in batches)
     with autocast(run.device, run.dtype):
         update_bn(inputs, state.swa.module)
@@ -1102,13 +1126,12 @@ def recompute_statistics(state, run, epoch, stop=()):
 
 
 def better(path, monitor, higher, row):
-    """Whether `path` holds weights of an epoch that a crash made the run forget, with a better `monitor` than `row`."""
+    """Whether weights at `path` have a better `monitor` than `row`: of an epoch that a crash made the run forget."""
     try:
-        there = utils.load_checkpoint(path)
-        (a, b), forgotten = (there["metrics"][monitor], row[monitor]), there["epoch"] >= row["epoch"]
+        a, b = utils.load_checkpoint(path)["metrics"][monitor], row[monitor]
+        return a > b if higher else a < b
     except (ValueError, KeyError, TypeError):  # none, or a damaged one
         return False
-    return forgotten and (a > b if higher else a < b)
 
 
 def freeze(state, frozen):
@@ -1257,27 +1280,26 @@ def suggest_lr(rates, losses):
 
 def sweep(state, run):
     """Run `find_lr` on the real windows and report it; the rate it would take."""
-    size, seed, (rank, ranks) = run.config["accumulation_steps"], run.config["seed"], utils.world()
+    size, seed = run.config["accumulation_steps"], run.config["seed"]
 
     def endless():
         for epoch in itertools.count():
             pieces = data.chunks(data.epoch_order(len(run.train), seed, epoch), run.config["batch_size"])
-            pieces = pieces[: len(pieces) // ranks * ranks]  # as many for each
-            for window in windows(run.fetch_train(pieces[rank::ranks]), size):
-                yield epoch, window
+            for window, counted, _ in shared_windows(run.fetch_train, pieces, size):
+                yield epoch, window, counted
 
     source = endless()
     bar = tqdm(
         total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 5,
-        disable=run.config["quiet"] or rank > 0,
+        disable=run.config["quiet"] or utils.world()[0] > 0,
     )  # fmt: skip
 
     def step(state, item):
-        epoch, window = item
+        epoch, window, counted = item
         bar.update()
         augment = lambda *batch: run.augment(*batch, epoch)
         return train_step(state, window, run.task, augment, run.dtype, run.config["clip_grad_norm"],
-                          sam_rho=run.config["sam_rho"])  # fmt: skip
+                          sam_rho=run.config["sam_rho"], counted=counted)  # fmt: skip
 
     with contextlib.closing(bar):
         rates, losses, found = find_lr(state, lambda: next(source), step)
@@ -1638,6 +1660,7 @@ def prepare_run(config, resumed=None):
         },
     }  # fmt: skip
 
+    utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
     torch.manual_seed(config["seed"])
     model = models.build_model(config["model"], len(source.classes), channels, **meta["arguments"])
     if config["checkpoint_activations"]:
@@ -1712,9 +1735,6 @@ def prepare_run(config, resumed=None):
 
     if ranks > 1 and config["compile"] != "off":
         raise ValueError("--compile: does not go with several processes here; leave it out")
-    settings_of = {**config, **dict.fromkeys(FREE_ON_RESUME)}
-    utils.check_agreement({"flags": settings_of, "data": meta["fingerprint"], "classes": meta["classes"],
-                           "versions of torch": torch.__version__})  # fmt: skip
     fetch = partial(data.batches, device=device, resident_bytes=budget, workers=config["workers"],
                     timeout=config["timeout"])  # fmt: skip
     run = Run(
@@ -1808,13 +1828,16 @@ def trial(state, step, split, size, device, memory, resident, memory_gb):
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what a larger trial left would count
             torch.cuda.reset_peak_memory_stats(device)
-        try:
-            for _ in range(2):
+        for _ in range(2):
+            full = False
+            try:
                 step(window)
-        except RuntimeError as error:
-            if not utils.out_of_memory(error):
-                raise
-            return False
+            except RuntimeError as error:
+                if not utils.out_of_memory(error):
+                    raise
+                full = True
+            if utils.any_of_all(full):
+                return False
         used = torch.cuda.max_memory_reserved(device) + resident if device.type == "cuda" else 0
         fits = state.micro_batch is None and used <= 0.92 * utils.memory_cap(device, memory_gb)
     fits = not utils.any_of_all(not fits)
@@ -1905,7 +1928,8 @@ def find_run(name):
             with contextlib.suppress(ValueError):  # a damaged one is not the one that is meant
                 starts[read_run_config(path)["environment"]["started"], path.parent.name] = path.parent
     for start in sorted(starts, reverse=True):
-        if not utils.load_newest(starts[start], SAVED)["finished"]:
+        newest = utils.load_newest(starts[start], SAVED, set_aside=False)  # it may be another's
+        if newest is None or not newest["finished"]:
             return starts[start]
     raise ValueError(f"--resume: no unfinished run with a checkpoint in {RUNS.resolve()}; start one without --resume")
 
@@ -1939,6 +1963,9 @@ def resumed_config(folder, config, given, ranks=1):
             raise ValueError(f"--{key} {value}: the run has {stored[key]}; leave the flag out, or start a new run")
         if key in FREE_ON_RESUME and key != "run_name":
             stored[key] = value
+    stored["timeout"] = config["timeout"]
+    if ranks > 1:  # each has its own
+        stored["device"] = config["device"]
     batches = stored["accumulation_steps"] * environment["processes"]
     if batches % ranks:
         raise ValueError(f"--resume {folder.name}: a step has {batches} batches, which {ranks} processes cannot share "
@@ -1965,7 +1992,8 @@ def main(argv=None):
             with catch_signals() as stop:
                 return fit(state, run, stop)
     except KeyboardInterrupt as stopped:  # outside of the loop, which saves
-        print("stopped before there was a step to save", file=sys.stderr)
+        training = run is None and not any(config[mode] for mode in READ_BY)
+        print("stopped" + " before there was a step to save" * training, file=sys.stderr)
         return 128 + (*stopped.args, signal.SIGINT)[0]
     except BrokenPipeError:  # the reader of what is printed went away: no error of this program
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2012,7 +2040,9 @@ def check_flags(config, given):
 def begin(config, given, held):
     """(state, run) of a run, a new one or one that goes on, with a folder of its own, which `held` keeps locked."""
     (rank, ranks), saved, name = utils.world(), None, config["run_name"]
-    if not name and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    own = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
+    utils.check_agreement({"flags": (own, name), "versions of torch": torch.__version__})
+    if not (name or config["find_lr"] or config["resume"]) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ValueError("--run_name: torchrun --max_restarts needs one, to find the run again; give it a name")
     now = utils.over_all(torch.tensor(time.time() * (rank == 0), dtype=torch.float64))
     name = name or f"{config['model']}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now.item()))}"
@@ -2024,7 +2054,7 @@ def begin(config, given, held):
             config = resumed_config(folder, config, given, ranks)
             if rank == 0:
                 held.enter_context(utils.lock(folder))
-            saved = utils.load_newest(folder, SAVED)
+            saved = utils.load_newest(folder, SAVED, set_aside=rank == 0)
         utils.check_agreement({"checkpoints; the folder runs must be one": saved and saved["step"]})
         if saved and saved["finished"]:
             raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
@@ -2081,11 +2111,15 @@ def explain(error, run, config):
 
     What is none of the errors to expect is raised.
     """
-    line, memory = utils.one_line(said(error)), utils.out_of_memory(error)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the death of a loader worker raises here too, anywhere
+    line, memory, rank = utils.one_line(said(error)), utils.out_of_memory(error), os.environ.get("RANK", "0")
     if run is None and isinstance(error, ValueError | OSError):
         fail(said(error))
     if "DataLoader" in str(error):
-        end_workers()
+        for worker in multiprocessing.active_children():  # one that hangs would keep this process from ending
+            if worker.daemon:
+                worker.kill()
         line += "; try --workers 0, or a longer --timeout where one was slow"
     elif utils.lost_process(error):
         line = f"another process ended, or was silent for {config['timeout']:g} s ({line[:80]})"
@@ -2093,27 +2127,17 @@ def explain(error, run, config):
         line += "; give a smaller --batch_size, --batch_size auto or --checkpoint_activations"
     elif not isinstance(error, OSError | FloatingPointError):
         raise error
-    if run is None:
-        print(f"error: {line}", file=sys.stderr)
+    if run is None or rank != "0":
+        print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     else:
         run.log(f"error: {line}; {standing(run.folder)}")
     return 1
 
 
-def end_workers():
-    """Ends the loader's workers: one that hangs would keep this process from ending."""
-    told = hasattr(signal, "SIGCHLD") and signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader raises at a death
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
-    if told:
-        signal.signal(signal.SIGCHLD, told)
-
-
 def standing(folder):
     """What a run that failed leaves, in words."""
     try:
-        saved = utils.load_newest(folder)
+        saved = utils.load_newest(folder, set_aside=False)
     except (ValueError, OSError):
         saved = None
     if saved is None:

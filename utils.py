@@ -40,7 +40,8 @@ FORMAT_VERSION = 1
 def write_atomic(path, content, previous=None):
     """Replace the file at `path` by `content` (bytes), so that either the old or the new one is whole.
 
-    The old one becomes `previous` where a name is given, once the new one is on the disk and has been read back.
+    The old one becomes `previous` where a name is given, once the new one is on the disk and reads back alike (from
+    the system's memory: what the disk itself loses later, `load_checkpoint` tells).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -54,6 +55,9 @@ def write_atomic(path, content, previous=None):
         if previous is not None and path.exists():
             os.replace(path, path.with_name(previous))
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # Windows opens no folder; its rename is journalled
@@ -109,6 +113,8 @@ def load_checkpoint(path, legacy=False):
     except OSError:
         raise
     except Exception as error:  # zipfile and torch raise nearly anything on damaged files, UnicodeDecodeError too
+        if out_of_memory(error) or "DataLoader" in str(error):  # no fault of the file
+            raise
         raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
     if damaged:
         raise ValueError(f"{path}: damaged at {one_line(damaged)}; use another checkpoint of the run")
@@ -119,24 +125,26 @@ def load_checkpoint(path, legacy=False):
     return checkpoint
 
 
-def load_newest(folder, needed=("step",), log=print):
+def load_newest(folder, needed=("step",), log=print, set_aside=True):
     """The whole one of `last.pt` and `previous.pt` in `folder` with the highest step; None where there never was any.
 
-    A damaged one, or one that lacks a key that is `needed`, is set aside as `*.damaged` with a warning; ValueError
-    where none but damaged ones is left.
+    One that is damaged or lacks a key that is `needed` is told and set aside as `*.damaged`, where `set_aside` says so:
+    by a process that has the folder's `lock`. ValueError where none but damaged ones is left.
     """
     folder, found = Path(folder), []
     for name in ("last.pt", "previous.pt"):
         path = folder / name
-        if path.exists():
-            try:
-                checkpoint = load_checkpoint(path)
-                if absent := [key for key in needed if key not in checkpoint]:
-                    raise ValueError(f"{path}: has no {absent[0]}, so it is no checkpoint of a run")
-                found.append(checkpoint)
-            except ValueError as error:
-                if "this kit reads up to" in str(error):
-                    raise  # whole, and another version's
+        try:
+            checkpoint = load_checkpoint(path) if path.exists() else None
+            if checkpoint and (absent := [key for key in needed if key not in checkpoint]):
+                raise ValueError(f"{path}: has no {absent[0]}, so it is no checkpoint of a run")
+            found += [checkpoint] if checkpoint else []
+        except OSError as error:
+            log(f"warning: {path}: {error.strerror}; passed over")
+        except ValueError as error:
+            if "this kit reads up to" in str(error):
+                raise  # whole, and another version's
+            if set_aside:
                 os.replace(path, path.with_suffix(".damaged"))
                 log(f"warning: {error}; set aside as {path.with_suffix('.damaged').name}")
     if not found and list(folder.glob("*.damaged")):
@@ -802,11 +810,15 @@ def processes(device, seconds):
     if kind == "cuda":
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     patience = timedelta(seconds=seconds)
-    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
-    # torchrun keeps its store when it starts processes again: without a prefix they find addresses of the dead
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun keeps its store when it starts processes again: without a prefix they find addresses of the dead
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        raise ValueError(f"torchrun: the processes did not meet at {place} ({one_line(error)}); look there") from None
     try:
         yield
     finally:
@@ -815,7 +827,7 @@ def processes(device, seconds):
 
 @contextlib.contextmanager
 def in_turn(first=True):
-    """Processes for which `first` holds pass the block before the others, which may take them a day."""
+    """Processes for which `first` holds pass the block before the others, who wait for up to a day."""
     if world()[1] == 1:
         yield
         return

@@ -550,7 +550,7 @@ def shared_steps(rank, ranks, port, output):
         state = train.TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=False))
         task = train.image_task({"label_smoothing": 0.0, "focal_gamma": 0.0})
         x, y = torch.randn(16, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (16,))
-        window = data.share(list(zip(x.split(8), y.split(8), torch.arange(16).split(8))), 2 // ranks, rank, ranks)
+        window = data.share(list(zip(x.split(8), y.split(8), torch.arange(16).split(8))), rank, ranks)
         step = lambda: train.train_step(state, window, task)
         train.distribute(state)
         found["step"] = rounds({"step": step}, 9)["step"]

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -149,7 +150,7 @@ def test_a_disk_that_fills_up_in_a_run_ends_it_in_one_line_and_the_run_goes_on(m
     def write(path, *rest):
         writes.append(path)
         if len(writes) > 4:  # config.json, two steps, best.pt
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            patch.setattr(os, "fsync", lambda file: full())  # which names no path
         inner(path, *rest)
 
     capsys.readouterr()
@@ -157,7 +158,7 @@ def test_a_disk_that_fills_up_in_a_run_ends_it_in_one_line_and_the_run_goes_on(m
         patch.setattr(utils, "write_atomic", write)
         assert train.main(f"{TINY} --run_name cut --save_every 1".split()) == 1
     log = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error")]
-    assert len(log) == 1 and "No space left on device; make room there" in log[0]
+    assert len(log) == 1 and "runs/cut/metrics.csv: No space left on device; make room there" in log[0]
     assert "the last good checkpoint is of step 2; go on with: python train.py --resume cut" in log[0]
     assert train.main(["--resume", "cut"]) == 0 and same_outcome(whole, outcome("cut"))
 
@@ -182,6 +183,34 @@ def test_a_log_or_a_terminal_that_cannot_be_written_to_does_not_end_a_run(monkey
         assert train.main(f"{TINY} --run_name cut --quiet".split()) == 0
     assert same_outcome(whole, outcome("cut"))
     assert "2 steps an epoch" in outcome("cut")[2] and "epoch 1/2" not in outcome("cut")[2]
+
+
+@posix
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place_and_so_is_the_place(tmp_path, monkeypatch):
+    seen = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=call: (seen.append(name), call(*a)))
+    utils.save_checkpoint(tmp_path / "last.pt", checkpoint(1))
+    assert seen == ["fsync", "replace", "fsync"]
+    utils.save_checkpoint(tmp_path / "last.pt", checkpoint(2))
+    assert seen[3:] == ["fsync", "replace", "replace", "fsync"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   OSError(errno.EIO, "Input/output error")])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_set_aside(tmp_path, monkeypatch, error):
+    for step in (1, 2):
+        utils.save_checkpoint(tmp_path / "last.pt", checkpoint(step))
+    load, there = torch.load, sorted(path.name for path in tmp_path.iterdir())
+    fails = lambda path, **options: (_ for _ in ()).throw(error) if path.name == "last.pt" else load(path, **options)
+    monkeypatch.setattr(torch, "load", fails)
+    if isinstance(error, OSError):
+        assert utils.load_newest(tmp_path)["step"] == 1  # the other one may be readable
+    else:
+        with pytest.raises(type(error)):
+            utils.load_newest(tmp_path)
+    assert there == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_what_reads_back_otherwise_replaces_nothing(tmp_path, monkeypatch):
@@ -440,6 +469,16 @@ def test_a_full_disk_while_pictures_are_decoded_is_one_line(monkeypatch, capsys)
 
 
 @posix
+def test_a_signal_that_was_ignored_stays_ignored():
+    """As nohup leaves SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with train.catch_signals() as received:
+        send(signal.SIGHUP)
+        assert received == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
+@posix
 def test_a_second_signal_quits_at_once():
     def twice():
         with train.catch_signals() as received:
@@ -465,16 +504,21 @@ class Fragile(data.Gather):
         return super().__getitem__(index)
 
 
+def attempt_with(fault, flags):
+    multiprocessing.set_start_method("fork", force=True)  # so that workers have what is set here
+    data.Gather, Fragile.fault = Fragile, fault
+    return attempt(flags)
+
+
 @posix
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
-def test_a_loader_worker_that_dies_or_hangs_ends_the_run_in_one_line_and_it_goes_on(monkeypatch, capsys, fault):
+def test_a_loader_worker_that_dies_or_hangs_ends_the_run_in_one_line_and_it_goes_on(fault):
+    flags = f"{SMALL} --save_every 1"
     whole = run("--save_every 1", "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "Gather", Fragile)
-        patch.setattr(Fragile, "fault", fault)
-        assert train.main(f"{TINY} --run_name cut --save_every 1 --workers 1 --timeout 2".split()) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error")]
+    assert statuses(start(attempt_with, fault, f"{flags} --run_name cut --workers 1 --timeout 2", count=1)) == [1]
+    lines = [line for line in Path("out0.txt").read_text().splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "DataLoader" in lines[0] and "try --workers 0, or a longer --timeout" in lines[0]
+    assert Path("err0.txt").read_text() == ""
     assert train.main("--resume cut --workers 0".split()) == 0 and same_outcome(whole, outcome("cut"))
 
 

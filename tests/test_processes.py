@@ -1,6 +1,7 @@
 """Several processes: the same steps as one, counted once, agreed by all, and what happens when one is lost."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -78,11 +79,11 @@ def together(function, *arguments, **options):
     assert codes == [0] * len(codes), (codes, [path.read_text()[-2000:] for path in sorted(Path().rglob("err*.txt"))])
 
 
-def make(dtype=torch.float64, fp16=False, norm=False, seed=0):
-    torch.manual_seed(seed)
+def make(dtype=torch.float64, fp16=False, norm=False, width=16):
+    torch.manual_seed(0)
     nn = torch.nn
-    norms = [nn.BatchNorm1d(16)] * norm
-    net = nn.Sequential(nn.Linear(6, 16, bias=not norm), *norms, nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+    norms = [nn.BatchNorm1d(width)] * norm
+    net = nn.Sequential(nn.Linear(6, width, bias=not norm), *norms, nn.Tanh(), nn.Linear(width, 3)).to(dtype)
     optimizer = train.build_optimizer(net, "adamw", 0.1, 0.01, 0.9, torch.device("cpu"))
     state = train.TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=fp16), train.start_ema(net))
     train.distribute(state)
@@ -101,38 +102,54 @@ TASK = train.Task(  # class 0 is no item, as a clue of a puzzle is none
     measure=lambda y, t: ((y.argmax(1) == t - 1).sum()[None], (t > 0).sum()),
     metrics=("accuracy",), items=lambda t: (t > 0).sum(),
 )  # fmt: skip
+WIDE = 20_000  # 1.6 MB of weights: more than the first bucket that DDP would make by itself
 CASES = {
     "plain": {}, "clipped": {"clip_grad_norm": 0.1}, "sharpness-aware": {"sam_rho": 0.1}, "half precision": {"fp16": 1},
-    "with norm": {"norm": True}, "memory out, first pass": {"fail": 5}, "memory out in the sharpness-aware pass":
-    {"sam_rho": 0.1, "fail": 6}, "not finite": {"poison": 1},
+    "with norm": {"norm": True}, "not finite": {"poison": 1},
+    **{f"memory out in {place}": {"fail": (place, 5), "width": WIDE} for place in ("augment", "loss", "backward")},
+    "memory out in measure": {"fail": ("measure", 5)}, "memory out in a first batch": {"fail": ("augment", 3)},
+    "memory out in a sharpness-aware pass": {"sam_rho": 0.1, "fail": ("loss", 6)},
+    "memory out with norm": {"norm": True, "fail": ("loss", 5)},
 }  # fmt: skip
-SIZES = [(4, 3, 4, 2), (4, 4, 4, 4), (4, 4, 3), (5,), (4, 4, 4, 4)]  # of windows of up to two batches in each of two
+# windows of up to two batches in each of two processes; uneven ones, also at the place where memory runs out
+SIZES = [(4, 3, 4, 2), (4, 5, 4, 4), (4, 4, 3), (5,), (4, 4, 4, 4)]
+
+
+def failing(task, place, n):
+    """(task, augment) that run out of memory at a place from the n-th batch on where it has more than 3 samples."""
+    calls = []
+
+    def at(here, x):
+        calls.extend([1] * (here == "augment"))
+        if here == place and len(calls) >= n and len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    def loss(y, t):
+        if place == "backward":
+            y.register_hook(lambda gradient: at("backward", gradient))
+        return task.loss(at("loss", y), t)
+
+    measure = lambda y, t: task.measure(at("measure", y), t)
+    return dataclasses.replace(task, loss=loss, measure=measure), lambda x, t, index: (at("augment", x), t)
 
 
 def steps_of(case, rank=0, ranks=1):
-    """[(state dict, optimizer's, EMA, sums, norm, good)] of a few steps of one case."""
+    """[[state dict, EMA, sums, norm, good, micro-batch, scale]] of a few steps of one case."""
     case = dict(case)
-    options = {key: bool(case.pop(key, False)) for key in ("fp16", "norm")}
-    dtype = torch.float32 if options["fp16"] else torch.float64
+    options = {key: case.pop(key) for key in ("fp16", "norm", "width") if key in case}
+    dtype = torch.float32 if "fp16" in options else torch.float64
     fail, poison = case.pop("fail", None), case.pop("poison", None)
-    state, calls, found = make(dtype, **options), [], []
-    if fail and ranks > 1:
-        forward = type(state.model).forward
-
-        def limited(self, x):
-            calls.append(len(x))
-            if rank == 1 and len(calls) >= fail and len(x) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(self, x)
-
-        state.model.forward = limited.__get__(state.model)
+    state, found, task, augment = make(dtype, **options), [], TASK, train.keep_both
+    if fail and rank == 1:
+        task, augment = failing(TASK, *fail)
     for number, sizes in enumerate(SIZES):
         window = window_of(sizes, number, dtype)
         if poison and number == 1:
             window[1][0][0, 0] = float("nan")
-        mine = train.data.share(window, 2, rank, ranks)
-        idle = rank >= len(window)
-        sums, norm, good = train.train_step(state, mine, TASK, ema_decay=0.9, seed=number, idle=idle, **case)
+        for mine, counted, _ in train.shared_windows(lambda mine: mine, window, 4 // ranks):
+            sums, norm, good = train.train_step(state, mine, task, augment, ema_decay=0.9, seed=number, counted=counted,
+                                                **case)  # fmt: skip
         copied = {k: v.detach().clone() for k, v in state.model.state_dict().items()}
         found.append([copied, {k: v.clone() for k, v in state.ema.items()}, list(map(float, (*sums[:2], *sums[2]))),
                       norm, good, state.micro_batch, state.scaler.get_scale()])  # fmt: skip
@@ -157,10 +174,14 @@ def test_two_processes_take_the_steps_of_one_to_eleven_digits():
                 assert torch.equal(two[0][key], other[0][key]) or "num_batches" in key, (name, number, key)
                 if "running" not in key and "num_batches" not in key:
                     for part in range(2):
-                        assert torch.allclose(one[part][key], two[part][key], rtol=0, atol=bound), (name, number, key)
+                        # BatchNorm over halves is another one: that ranks agree is what is left to see
+                        assert ("norm" in case and "fail" in case) or \
+                            torch.allclose(one[part][key], two[part][key], rtol=0, atol=bound), (name, number, key)
             assert repr(two[2:]) == repr(other[2:]), (name, number)
-            assert two[2] == pytest.approx(one[2], rel=bound, nan_ok=True) and two[4] == one[4]
-            assert two[3] == pytest.approx(one[3], rel=max(bound, 1e-9), nan_ok=True) and two[6] == one[6]
+            assert two[4] == one[4] and two[6] == one[6]
+            if not ("norm" in case and "fail" in case):
+                assert two[2] == pytest.approx(one[2], rel=bound, nan_ok=True), (name, number)
+                assert two[3] == pytest.approx(one[3], rel=max(bound, 1e-9), nan_ok=True)
         assert (found[0][name][-1][5] == 2) == ("fail" in case), name
 
 
@@ -183,9 +204,10 @@ def same(a, b):
 
 
 def close(a, b):
-    """Whether they are alike but for rounding and BatchNorm's statistics."""
-    plain = [key for key in a["model"] if "running" not in key and "num_batches" not in key]
-    return all(torch.allclose(a["model"][key], b["model"][key], atol=1e-5) for key in plain)
+    """Whether they are alike but for rounding; BatchNorm's statistics but for the weights within a step."""
+    loose = lambda key: dict(rtol=0.05, atol=0.02) if "running" in key else dict(atol=1e-5)
+    plain = [key for key in a["model"] if "num_batches" not in key]
+    return all(torch.allclose(a["model"][key], b["model"][key], **loose(key)) for key in plain)
 
 
 @contextlib.contextmanager
@@ -210,6 +232,21 @@ def main(flags, rank=None, step=None, act=None):
             return train.main([*TINY, *flags.split()] if "--resume" not in flags else flags.split())
         except SystemExit as stopped:
             return stopped.code
+
+
+def stopped_in(flags, name):
+    """train.main, where one process gets a SIGTERM in the first call of a function."""
+    owner, rank = (train, 1) if name == "evaluate" else (utils, 0)
+    inner, calls = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        if os.environ["RANK"] == str(rank) and len(calls) == 1:
+            terminate()
+        return inner(*arguments, **options)
+
+    setattr(owner, name, call)
+    return main(flags)
 
 
 def die():
@@ -256,10 +293,11 @@ def test_a_run_of_two_processes_is_the_run_of_one_and_the_first_alone_writes(fla
 
 
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_with_any_number(whole):
-    codes = statuses(start(main, f"{TWO} stopped", 1, 1, terminate))
-    assert codes == [143, 143]
-    assert "stopped in the validation of epoch 1; go on with" in Path("out0.txt").read_text()  # after the last step
-    assert last("stopped")["step"] == 2 and last("stopped")["epoch"] == 0
+    calls = {"later": ("write_csv", "after epoch 1", 1), "stopped": ("evaluate", "in the validation", 0)}
+    for name, (call, where, epoch) in calls.items():
+        assert statuses(start(stopped_in, f"{TWO} {name}", call)) == [143, 143], Path("out0.txt").read_text()
+        assert f"stopped {where}" in Path("out0.txt").read_text()
+        assert last(name)["step"] == 2 and last(name)["epoch"] == epoch
     for name in ("alone", "three"):
         Path("runs", name).mkdir()
         for path in Path("runs/stopped").glob("*.*"):
@@ -289,6 +327,8 @@ def test_a_process_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(act, w
 
 def test_what_is_chosen_by_trials_is_chosen_by_all():
     together(main, "--lr auto --batch_size auto --effective_batch 24 --run_name chosen")
+    together(main, "--find_lr --batch_size 60 --output curve.csv")  # one batch for two processes
+    assert Path("curve.csv").exists()
     stored = json.loads(Path("runs/chosen/config.json").read_text())
     assert stored["config"]["batch_size"] == 12 and 1e-6 < stored["config"]["lr"] < 10
     assert stored["environment"]["processes"] == 2
@@ -296,6 +336,7 @@ def test_what_is_chosen_by_trials_is_chosen_by_all():
 
 REFUSED = [  # the flags of both processes, their variables, the message
     (["--run_name a --seed 1", "--run_name a --seed 2"], {}, "the processes have different flags"),
+    (["--run_name a --widths 8,8,8,8", "--run_name a"], {}, "the processes have different flags"),
     (["--find_lr --device mps"] * 2, {}, "--device mps: not on this machine"),
     (["--run_name a"] * 2, {"MASTER_ADDR": ""}, "MASTER_ADDR: is not set, others of torchrun's variables are"),
     (["--run_name a --compile"] * 2, {}, "--compile: does not go with several processes"),
