@@ -470,7 +470,7 @@ class TrainState:
             self.swa.load_state_dict(saved["swa"])
 
 
-SAVED = (*TrainState.PLAIN, "model", "optimizer", "scaler", "ema", "swa", "sums", "meta")
+SAVED = (*TrainState.PLAIN, "model", "optimizer", "scaler", "ema", "swa", "sums", "meta", "config")
 
 
 class Together:
@@ -1918,6 +1918,9 @@ def find_run(name):
     """The folder of the run to resume: NAME or runs/NAME; without a name the unfinished one started last."""
     if name:
         folder = Path(name) if (Path(name) / "config.json").is_file() else RUNS / name
+        if not (folder / "config.json").is_file() and folder.is_dir():
+            raise ValueError(f"--resume {shown(name)}: {folder} has no config.json; restore it, or, where the run had "
+                             f"not begun, start it again with --run_name {folder.name}")  # fmt: skip
         if not (folder / "config.json").is_file():
             there = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/config.json"))[-5:]) or "none"
             raise ValueError(f"--resume {shown(name)}: no such run; in {RUNS.resolve()} there are {there}")
@@ -1941,7 +1944,7 @@ def read_run_config(path):
         for action in build_parser()._actions:
             if config.get(action.dest) is not None:
                 checked_value(action.dest, config[action.dest], action)
-        if not (isinstance(environment["started"], str) and type(environment["processes"]) is int):
+        if not (isinstance(environment["started"], str) and environment["processes"] in range(1, 10**6)):
             raise ValueError("its environment is not a run's")
         return {"config": config, "environment": environment}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -1968,8 +1971,9 @@ def resumed_config(folder, config, given, ranks=1):
         stored["device"] = config["device"]
     batches = stored["accumulation_steps"] * environment["processes"]
     if batches % ranks:
+        fitting = ", ".join(str(count) for count in range(1, batches + 1) if batches % count == 0)
         raise ValueError(f"--resume {folder.name}: a step has {batches} batches, which {ranks} processes cannot share "
-                         f"alike; start {math.gcd(batches, ranks)}")  # fmt: skip
+                         f"alike; start one of {fitting[:60]}")  # fmt: skip
     return {**config, **stored, "accumulation_steps": batches // ranks}
 
 
@@ -1992,8 +1996,9 @@ def main(argv=None):
             with catch_signals() as stop:
                 return fit(state, run, stop)
     except KeyboardInterrupt as stopped:  # outside of the loop, which saves
-        training = run is None and not any(config[mode] for mode in READ_BY)
-        print("stopped" + " before there was a step to save" * training, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            training = run is None and not any(config[mode] for mode in OUTPUTS)
+            print("stopped" + " before there was a step to save" * training, file=sys.stderr)
         return 128 + (*stopped.args, signal.SIGINT)[0]
     except BrokenPipeError:  # the reader of what is printed went away: no error of this program
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2049,13 +2054,17 @@ def begin(config, given, held):
     if utils.any_of_all(rank == 0 and restarted(RUNS / name)):
         config["resume"] = name
     if config["resume"] is not None:
+        folder = find_run(config["resume"] or config["run_name"])
+        config = resumed_config(folder, config, given, ranks)
         with utils.in_turn(rank == 0):  # one sets aside what is damaged
-            folder = find_run(config["resume"] or config["run_name"])
-            config = resumed_config(folder, config, given, ranks)
             if rank == 0:
                 held.enter_context(utils.lock(folder))
             saved = utils.load_newest(folder, SAVED, set_aside=rank == 0)
         utils.check_agreement({"checkpoints; the folder runs must be one": saved and saved["step"]})
+        for key, value in saved["config"].items() if saved else ():
+            if key not in (*MODES, *FREE_ON_RESUME, "accumulation_steps") and config.get(key) != value:
+                raise ValueError(f"{folder / 'config.json'}: {key} is {shown(config.get(key))}, the checkpoint's "
+                                 f"{shown(value)}; restore it, or start a new run")  # fmt: skip
         if saved and saved["finished"]:
             raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
     else:
@@ -2122,7 +2131,8 @@ def explain(error, run, config):
                 worker.kill()
         line += "; try --workers 0, or a longer --timeout where one was slow"
     elif utils.lost_process(error):
-        line = f"another process ended, or was silent for {config['timeout']:g} s ({line[:80]})"
+        what = f"was silent for {config['timeout']:g} s" if "imed out" in str(error) else "ended"
+        line = f"another process {what}"
     elif memory:
         line += "; give a smaller --batch_size, --batch_size auto or --checkpoint_activations"
     elif not isinstance(error, OSError | FloatingPointError):

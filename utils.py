@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -56,7 +57,7 @@ def write_atomic(path, content, previous=None):
             os.replace(path, path.with_name(previous))
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails names none
+        error.filename = str(path)  # not the temporary; a write that fails names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -145,9 +146,11 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
             if "this kit reads up to" in str(error):
                 raise  # whole, and another version's
             if set_aside:
-                os.replace(path, path.with_suffix(".damaged"))
-                log(f"warning: {error}; set aside as {path.with_suffix('.damaged').name}")
-    if not found and list(folder.glob("*.damaged")):
+                names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
+                aside = next(name for name in names if not name.exists())
+                os.replace(path, aside)
+                log(f"warning: {error}; set aside as {aside.name}")
+    if not found and list(folder.glob("*.damaged*")):
         raise ValueError(f"--resume {folder.name}: its checkpoints are damaged; start anew, perhaps with --pretrained "
                          f"{folder / 'best.pt'}")  # fmt: skip
     return max(found, key=lambda checkpoint: checkpoint["step"]) if found else None

@@ -315,6 +315,9 @@ def test_when_both_checkpoints_are_damaged_nothing_is_begun_in_silence(monkeypat
     "change, message",
     [(lambda found: found["config"].update(epochs="many"), "epochs must be an integer at least 1, got 'many'"),
      (lambda found: found["config"].update(flip=[1]), "flip must be True or False"),
+     (lambda found: found["config"].update(epochs=41), "epochs is 41, the checkpoint's 2; restore it"),
+     (lambda found: found["config"].update(optimizer="sgd"), "optimizer is 'sgd', the checkpoint's 'adamw'"),
+     (lambda found: found["environment"].update(processes=-3), "its environment is not a run's"),
      (lambda found: found["config"].pop("epochs"), "its flags are not this kit's (epochs)"),
      (lambda found: found["environment"].update(processes="two"), "its environment is not a run's"),
      (lambda found: found.update(environment=3), "damaged")],
@@ -329,6 +332,21 @@ def test_a_run_whose_config_was_edited_is_one_line_and_status_2(monkeypatch, cap
     assert attempt("--resume cut") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: runs/cut")
+
+
+def test_a_run_without_its_config_and_what_stands_in_the_way_are_named(monkeypatch, capsys):
+    run_stopped(monkeypatch, 2, "--save_every 1", "cut")
+    for name in ("last.damaged", "metrics.csv"):
+        Path("runs/cut", name).mkdir()
+    Path("runs/cut/last.pt").write_text("")
+    capsys.readouterr()
+    assert attempt("--resume cut") == 1
+    text = capsys.readouterr().out
+    assert "set aside as last.damaged1" in text and "error: runs/cut/metrics.csv: Is a directory" in text
+    Path("runs/cut/metrics.csv").rmdir()
+    Path("runs/cut/config.json").unlink()
+    assert attempt("--resume cut") == 2
+    assert "runs/cut has no config.json; restore it, or" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_program_is_set_aside(monkeypatch, capsys):
@@ -421,7 +439,8 @@ def test_a_signal_in_the_learning_rate_sweep_leaves_nothing(monkeypatch, capsys,
         with before_call(monkeypatch, train, "train_step", 5, lambda: send(number)):
             assert train.main(f"{TINY} {flags}".split()) == 128 + number
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.endswith("stopped before there was a step to save") and not Path("runs").exists()
+        assert error.endswith("stopped" + " before there was a step to save" * ("auto" in flags))
+        assert not Path("runs").exists()
 
 
 @posix
