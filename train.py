@@ -2003,7 +2003,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of what is printed went away: no error of this program
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, FloatingPointError) as error:
         return explain(error, run, config)
 
 
@@ -2125,7 +2125,8 @@ def explain(error, run, config):
     line, memory, rank = utils.one_line(said(error)), utils.out_of_memory(error), os.environ.get("RANK", "0")
     if run is None and isinstance(error, ValueError | OSError):
         fail(said(error))
-    if "DataLoader" in str(error):
+    if "DataLoader" in str(error) or isinstance(error, ConnectionError | EOFError):  # or its pipe tells
+        line = line if "DataLoader" in line else f"a DataLoader worker ended ({line})"
         for worker in multiprocessing.active_children():  # one that hangs would keep this process from ending
             if worker.daemon:
                 worker.kill()

@@ -533,12 +533,13 @@ def attempt_with(fault, flags):
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
 def test_a_loader_worker_that_dies_or_hangs_ends_the_run_in_one_line_and_it_goes_on(fault):
     flags = f"{SMALL} --save_every 1"
-    whole = run("--save_every 1", "whole")
+    assert statuses(start(attempt, f"{flags} --run_name whole", count=1)) == [0]
     assert statuses(start(attempt_with, fault, f"{flags} --run_name cut --workers 1 --timeout 2", count=1)) == [1]
     lines = [line for line in Path("out0.txt").read_text().splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "DataLoader" in lines[0] and "try --workers 0, or a longer --timeout" in lines[0]
     assert Path("err0.txt").read_text() == ""
-    assert train.main("--resume cut --workers 0".split()) == 0 and same_outcome(whole, outcome("cut"))
+    assert statuses(start(attempt, "--resume cut --workers 0", count=1)) == [0]
+    assert same_outcome(outcome("whole"), outcome("cut"))
 
 
 # --------------------------------------------------------------------------- a run that is not alone
