@@ -120,7 +120,7 @@ def tiny():
 
 def fit_job(net, batches, device, ema_decay=0.0, clip=0.0, dtype=torch.float32):
     """The kit's own `fit` over one epoch of ready batches: bar, log, metrics, finite check, checkpoints at its end."""
-    task = train.image_task({"label_smoothing": 0.0})
+    task = train.image_task({"label_smoothing": 0.0, "focal_gamma": 0.0})
     config = {**train.parse_flags(["--monitor", "train_loss"])[0], "epochs": 1, "batch_size": len(batches[0][0]),
               "ema_decay": ema_decay, "clip_grad_norm": clip}  # fmt: skip
 
@@ -356,7 +356,7 @@ def train_jobs(device, size, steps, batch=16):
         if library is None:
             optimizer = train.build_optimizer(net, "adamw", 1e-3, 0.01, 0.9, device)
             state = train.TrainState(net, optimizer, torch.amp.GradScaler(device.type, enabled=False))
-            task = train.image_task({"label_smoothing": 0.0})
+            task = train.image_task({"label_smoothing": 0.0, "focal_gamma": 0.0})
 
             def call():
                 if device.type == "cpu":
