@@ -130,7 +130,7 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
     """The whole one of `last.pt` and `previous.pt` in `folder` with the highest step; None where there never was any.
 
     One that is damaged or lacks a key that is `needed` is told and set aside as `*.damaged`, where `set_aside` says so:
-    by a process that has the folder's `lock`. ValueError where none but damaged ones is left.
+    by a process that has the folder's `lock`. ValueError where there are some and none can be used.
     """
     folder, found = Path(folder), []
     for name in ("last.pt", "previous.pt"):
@@ -150,9 +150,9 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
                 aside = next(name for name in names if not name.exists())
                 os.replace(path, aside)
                 log(f"warning: {error}; set aside as {aside.name}")
-    if not found and list(folder.glob("*.damaged*")):
-        raise ValueError(f"--resume {folder.name}: its checkpoints are damaged; start anew, perhaps with --pretrained "
-                         f"{folder / 'best.pt'}")  # fmt: skip
+    if not found and [*folder.glob("*.damaged*"), *folder.glob("last.pt"), *folder.glob("previous.pt")]:
+        raise ValueError(f"--resume {folder.name}: its checkpoints are damaged or cannot be read; start anew, perhaps "
+                         f"with --pretrained {folder / 'best.pt'}")  # fmt: skip
     return max(found, key=lambda checkpoint: checkpoint["step"]) if found else None
 
 

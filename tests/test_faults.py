@@ -207,6 +207,10 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_set_aside(tmp_path, mo
     monkeypatch.setattr(torch, "load", fails)
     if isinstance(error, OSError):
         assert utils.load_newest(tmp_path)["step"] == 1  # the other one may be readable
+        (tmp_path / "previous.pt").unlink()
+        with pytest.raises(ValueError, match="damaged or cannot be read"):  # a run must not begin again over it
+            utils.load_newest(tmp_path)
+        there.remove("previous.pt")
     else:
         with pytest.raises(type(error)):
             utils.load_newest(tmp_path)
@@ -306,7 +310,7 @@ def test_when_both_checkpoints_are_damaged_nothing_is_begun_in_silence(monkeypat
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", "cut"])
     text = capsys.readouterr()
-    assert stopped.value.code == 2 and "its checkpoints are damaged" in text.err and text.err.count("\n") == 1
+    assert stopped.value.code == 2 and "its checkpoints are damaged or cannot be read" in text.err and text.err.count("\n") == 1
     assert text.out.count("set aside as") == 2
     assert {"last.damaged", "previous.damaged"} <= {path.name for path in Path("runs/cut").iterdir()}
 
