@@ -1,31 +1,26 @@
-"""Train an image classifier or a Sudoku solver on one laptop GPU, or on a CPU; stop, resume, evaluate, use it.
+"""Train an image classifier or a Sudoku solver on one laptop GPU or on a CPU; resume, evaluate, use it.
 
     python train.py --model efficientnet_b0 --accumulation_steps 2 --clip_grad_norm 1.0
-    python train.py --model custom --data photos/ --ema_decay 0.999    # your own folder of class folders
+    python train.py --model custom --data photos/ --ema_decay 0.999    # a folder of class folders
     python train.py --config cifar10 --data cifar10/                   # a preset of configs.json
     python train.py --resume                                           # the last run, from its last save
     python train.py --find_lr                                          # a learning-rate range test
     python train.py --evaluate runs/NAME/best.pt runs/NAME/ema.pt      # side by side on the test split
     python train.py --predict runs/NAME/best.pt --input photos/new/    # classes of pictures
     python train.py --predict --input puzzle.sdk                       # solve a Sudoku
-    python train.py --export runs/NAME/best.pt --output model.pt2      # for torch.export's runtimes, or .onnx
-    torchrun --nproc_per_node 2 train.py --run_name NAME               # a process a GPU, or several on CPUs
+    python train.py --export runs/NAME/best.pt --output model.pt2      # for torch.export, or .onnx
+    python train.py --copy train_step update_ema --output loop.py      # functions for your own project
+    torchrun --nproc_per_node 2 train.py --run_name NAME               # one process a GPU
 
-A *step* is one optimizer update over a window of up to accumulation_steps batches; schedules, EMA,
-logs and saves count in steps. Order, augmentation and dropout are functions of the seed and of the
-epoch, the sample and the step, so a run resumed at any step equals the run that was never stopped.
+A *step* is one optimizer update over a window of up to accumulation_steps batches. Schedules, EMA,
+logs and saves count in steps. Data order, augmentation and dropout are functions of the seed and of
+the epoch, the sample and the step, so a run resumed at any step is bitwise the run never stopped.
 """
 
 import argparse
 import contextlib
 import copy
-import csv
-import difflib
-import errno
-import gc
-import inspect
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -33,540 +28,363 @@ import re
 import signal
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported, for seconds: no traceback
+if __name__ == "__main__":  # Ctrl-C ends the seconds of importing torch without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, update_bn
-from tqdm import tqdm
 
 import data
 import model as models
 import utils
 
-AUTO = ("auto", "batch_size"), ("auto", "lr")  # found when the run began
-MAX_BAD_STEPS = 25  # in a row; fp16 halves its scale 16 times from 65,536 to 1, so 25 is no mere overflow
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_BAD_STEPS = 25  # in a row; fp16 needs 16 to halve its scale from 65,536 to 1
+TRACK_EVERY = 50  # steps between two points of --tensorboard and --wandb within an epoch
+MAX_SHOWN, MAX_GUESSES = 100, 100_000  # predictions on the terminal; guesses of --search a puzzle
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RUNS = Path("runs")
-MODES = tuple("config resume find_lr evaluate predict export input search tta output".split())  # not in config.json
-BOTH = "tta quiet output batch_size device amp channels_last message_steps"
-READ_BY = {  # the flags that a mode reads; the checkpoint tells it the rest
-    "evaluate": f"evaluate data cache_dir workers {BOTH}".split(),
-    "predict": f"predict input search {BOTH}".split(),
-    "export": "export output message_steps".split(),
+WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # the default of --predict
+MODES = set("config resume find_lr evaluate predict export copy input search tta output".split())
+OUTPUTS = {"find_lr": [".csv"], "evaluate": [".json", ".csv"], "export": [".pt2", ".onnx"],
+           "predict": [".csv", ".json", ".sdm", ".sdk"], "copy": [".py"]}
+COMMON = "tta quiet output batch_size device amp channels_last model_args"
+READ_BY = {  # the flags that a mode reads; its checkpoint holds the others
+    "evaluate": f"evaluate data cache_dir workers {COMMON}".split(),
+    "predict": f"predict input search {COMMON}".split(),
+    "export": "export output model_args".split(),
+    "copy": "copy output".split(),
 }
-OUTPUTS = {"find_lr": (".csv",), "evaluate": (".json", ".csv"), "predict": (".csv", ".json", ".sdm", ".sdk"),
-           "export": (".pt2", ".onnx")}  # fmt: skip
-WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # what --predict takes where no checkpoint is named
-MOST_SHOWN, MAX_GUESSES = 100, 100_000  # predictions on the terminal; of --search
-TRACK_EVERY = 50  # steps between what --tensorboard and --wandb get within an epoch
-FREE_ON_RESUME = ("device", "workers", "save_every", "tensorboard", "wandb", "quiet", "run_name", "cache_dir", "data",
-                  "memory_gb", "checkpoint_activations", "timeout")  # fmt: skip
+NEEDS = {  # flag -> those of which it needs one
+    "input": ["predict"], "search": ["predict"], "tta": ["evaluate", "predict"],
+    "output": list(OUTPUTS), "predict": ["input"], "export": ["output"], "copy": ["output"],
+    "swa_lr": ["swa_start_epoch"],
+}
+IMAGE_FLAGS = set("image_size crop_padding flip min_crop_area cutout label_smoothing pretrained mixup "
+                  "cutmix freeze_epochs".split())
+FREE_ON_RESUME = set("device workers save_every tensorboard wandb quiet run_name cache_dir data "
+                     "memory_gb checkpoint_activations timeout".split())
 
 
-# -------------------------------------------------------------------------------------- the flags
-
-
-def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, word=None):
-    """An argparse type: a finite int or float within bounds, or the one `word` that stands for itself."""
-    span = f"{'above' if open_low else 'at least'} {low:g}" if low > -math.inf else ""
-    span += f"{' and ' if span else ''}{'below' if open_high else 'at most'} {high:g}" if high < math.inf else ""
-
-    def parse(text):
-        if text == word and word:
-            return text
-        try:
-            value = kind(text)
-            float(value)
-        except (ValueError, OverflowError):
-            value = math.nan
-        inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
-        if not (math.isfinite(value) and inside):
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {name} {span}{f' or {word}' if word else ''}, got {shown(text)}")
-        return value
-
-    return parse
-
-
-def boolean(text):
-    if text not in ("True", "False", "true", "false"):
-        raise argparse.ArgumentTypeError(f"must be True or False, got {shown(text)}")
-    return text in ("True", "true")
-
-
-def integers(count, low, example):
-    """An argparse type: `count` integers from `low` to 9,999 with commas; the text itself, as presets hold it."""
-
-    def parse(text):
-        if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) or len(text.split(",")) != count \
-                or min(map(int, text.split(","))) < low:  # fmt: skip
-            raise argparse.ArgumentTypeError(f"must be {count} integers from {low}, as {example}, got {shown(text)}")
-        return text
-
-    return parse
-
-
-def file_path(text):
-    """An argparse type: the text itself, where a system could have a file of that name."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: no such file or folder; give a path")
-    try:
-        longest = max(len(text) / 16, *map(len, os.fsencode(text).split(b"/")))  # 255 bytes a name, 4,080 in all
-    except UnicodeEncodeError:  # half a surrogate pair
-        longest = math.inf
-    if "\0" in text or longest > 255:
-        raise argparse.ArgumentTypeError(f"is a name that no file can have, got {shown(text)}; give another")
-    return text
-
-
-def run_name(text):
-    """A folder's name that cannot leave runs/ and that every file system takes."""
-    reserved = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) or text.endswith(".") or ".." in text:
-        raise argparse.ArgumentTypeError(
-            f"must be 1 to 64 letters, digits, '.', '_' or '-', the first no sign, got {shown(text)}"
-        )
-    if text.split(".")[0].upper() in reserved:
-        raise argparse.ArgumentTypeError(f"is a reserved name on Windows, got {shown(text)}; choose another")
-    return text
-
-
-def shown(text):
-    """The repr of what a user gave, cut to a line's length."""
-    return repr(text) if len(repr(text)) <= 80 else repr(text)[:77] + "..."
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors in the kit's form: one line, exit status 2."""
-
-    def error(self, message):
-        fail(message.removeprefix("argument "))
-
-
-def fail(message):
-    """End with exit status 2 and one line on standard error."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-250:]}"  # what to do stands at the end
-    rank = os.environ.get("RANK", "0")
-    print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def said(error):
-    """What to say of a ValueError or of the system's OSError, whose path goes first."""
-    if isinstance(error, OSError) and error.filename is not None:
-        hint = "make room there" if error.errno == errno.ENOSPC else "look at the path and at who may use it"
-        return f"{error.filename}: {error.strerror}; {hint}"
-    return str(error)
+# -------------------------------------------------------------------------------------- flags
 
 
 def build_parser():
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
-    positive, share = number(int, 1), number(float, 0, 1, open_high=True)
-    at_least_0, rate = number(float, 0), number(float, 0, open_low=True)
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=file_path, help="a folder of class folders, IDX or CIFAR files; NPZ or puzzles; else built-in")
-    add("--image_size", type=number(int, 0, 2048), default=0, help="px a side; 0: what suits the source")
-    add("--val_fraction", type=share, default=0.1, help="of each class, set aside where the data has no val split")
-    add("--max_samples", type=number(int, 0), default=0, help="a subset of each split, images by class; 0: all")
-    add("--workers", type=number(int, 0, 64), help="loader processes; else chosen: none where the data fits in memory")
-    add("--cache_dir", type=file_path, default=".cache", help="where decoded image folders are kept")
-    add("--crop_padding", type=number(int, 0, 256), default=4, help="px of the padded crop")
-    add("--flip", type=boolean, nargs="?", const=True, help="from left to right; else on for colour images only")
-    add("--min_crop_area", type=number(float, 0, 1, open_low=True), default=0.35, help="of random resized crops")
-    add("--cutout", type=number(int, 0, 2048), default=0, help="px a side of the square set to the mean")
-    alpha = number(float, 0, 100)
-    add("--mixup", type=alpha, default=0.0, metavar="ALPHA", help="averages pairs by Beta(alpha, alpha); 0: off")
-    add("--cutmix", type=alpha, default=0.0, metavar="ALPHA", help="boxes of one in another; both: one at random")
-    add("--val_every", type=number(int, 1, word="adaptive"), default=1, help="epochs between validations, the last "
-        "always; adaptive: 1 up to epoch 10, 2 up to 30, then 3")  # fmt: skip
-    add("--val_samples", type=number(int, 0), default=0, help="a stratified sample scored in between; 0: none")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=list(models.MODELS), default="efficientnet_b0", help="the network")
-    add("--pretrained", type=file_path, nargs="?", const="official", help="a weights file; alone: the official B0 file")
-    four, three = integers(4, 2, "64,128,256,416"), integers(3, 0, "2,0,2")
-    add("--widths", type=four, help="custom: channels of the stem and the three stages; else 64,128,256,416")
-    add("--depths", type=three, help="custom: convolutions of the stages' residual parts; else 2,0,2")
-    add("--whiten", type=boolean, nargs="?", const=True, default=False, help="custom: a frozen stem that decorrelates")
-    size, steps = number(int, 1, 1024), number(int, 1, 10_000)
-    add("--width", type=size, default=32, help="sudoku_gnn: features of a candidate's state")
-    add("--hidden", type=size, default=64, help="sudoku_gnn: features of a message")
-    add("--message_steps", type=steps, help="sudoku_gnn: steps in evaluation; else the checkpoint's, 64")
-    add("--free_steps", type=number(int, 0, 10_000), default=24, help="sudoku_gnn: steps without gradient, at most")
-    add("--grad_steps", type=steps, default=6, help="sudoku_gnn: steps with gradient and loss after them")
-    add("--constraint_weight", type=at_least_0, default=0.0, help="sudoku_gnn: of the expected violations")
-    add("--curriculum", type=boolean, nargs="?", const=True, default=False, help="easy, medium, then hard puzzles")
-    add("--focal_gamma", type=at_least_0, default=0.0, help="weighs losses by (1 - p)^gamma; 0: off")
-    add("--label_smoothing", type=share, default=0.0, help="share of the target spread over all classes")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=10, help="passes over the training split")
-    add("--batch_size", type=number(int, 1, word="auto"), default=16, help="a micro-batch's samples; auto: what fits")
-    add("--accumulation_steps", type=positive, default=1, help="micro-batches a step")
-    add("--effective_batch", type=positive, help="samples a step, in place of accumulation_steps; auto's 128")
-    add("--clip_grad_norm", type=at_least_0, default=0.0, help="largest gradient norm; 0: no clipping")
-    add("--optimizer", choices=["adamw", "sgd", "muon"], help="else muon for sudoku_gnn, adamw for images")
-    add("--lr", type=number(float, 0, open_low=True, word="auto"), help="peak; else 0.003 adamw, 0.1 sgd, 0.005 muon")
-    add("--weight_decay", type=at_least_0, default=0.01, help="on matrices and filters alone")
-    add("--momentum", type=share, default=0.9, help="of sgd; adamw's beta1; OneCycle cycles it, muon's too")
-    add("--ema_decay", type=share, default=0.0, help="of the weights' moving average; 0: none")
-    add("--swa_start_epoch", type=number(int, 0), default=0, help="the first whose weights are averaged; 0: none")
-    add("--swa_lr", type=rate, help="the rate reached over that epoch and kept; else the schedule's")
-    add("--sam_rho", type=at_least_0, default=0.0, help="SAM: a second pass, so far uphill; 0: off")
-    add("--freeze_epochs", type=number(int, 0), default=0, help="at first, that train the head alone; 0: none")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
-
-    add = parser.add_argument_group("schedule").add_argument
-    add("--scheduler", choices=list(SCHEDULES), default="onecycle", help="of the learning rate, a step at a time")
-    add("--max_lr", type=rate, help="OneCycle's peak; else --lr")
-    add("--pct_start", type=number(float, 0, 1), default=0.3, help="OneCycle's rising share")
-    add("--div_factor", type=rate, default=25.0, help="OneCycle: peak / first rate")
-    add("--final_div_factor", type=rate, default=1e4, help="OneCycle: first / last rate")
-    add("--anneal", choices=["cos", "linear"], default="cos", help="OneCycle's form")
-    add("--cycle_momentum", type=boolean, nargs="?", const=True, default=True, help="OneCycle: 0.95, 0.85, 0.95")
-    add("--warmup_epochs", type=at_least_0, default=0.0, help="linear, of cosine, plateau and constant")
-    add("--scheduler_patience", type=number(int, 0), default=3, help="plateau: validations without a gain before a cut")
-    add("--scheduler_factor", type=number(float, 0, 1, True, True), default=0.1, help="plateau: the cut")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", type=str, default="auto", help="auto, cuda, cuda:N, mps or cpu")
-    precisions = ["auto", "True", "False", "fp16", "bf16"]
-    add("--amp", choices=precisions, nargs="?", const="True", default="auto", help="mixed precision")
-    add("--channels_last", type=boolean, nargs="?", const=True, default=True, help="memory format of the model")
-    add("--memory_gb", type=rate, help="of the GPU, else all but a twentieth; on a CPU what --batch_size auto may take")
-    recompute = "compute them again in the backward pass in place of keeping them"
-    add("--checkpoint_activations", type=boolean, nargs="?", const=True, default=False, help=recompute)
-    add("--deterministic", type=boolean, nargs="?", const=True, default=True, help="cuDNN too, for bitwise resume")
-    add("--timeout", type=rate, default=600.0, help="seconds that a loader worker or another process may be silent")
-    add("--sync_batchnorm", type=boolean, nargs="?", const=True, default=False, help="torchrun: over all GPUs")
-    modes = ["off", "default", "max-autotune-no-cudagraphs"]  # CUDA graphs reuse the memory of accumulated gradients
-    add("--compile", choices=modes, nargs="?", const="default", default="off", help="torch.compile, where it works")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--run_name", type=run_name, help="the folder under runs/; else model and time")
-    add("--save_every", type=number(int, 0), default=0, help="steps between saves within an epoch; 0: at its end only")
-    named = lambda text: text and file_path(text)
-    add("--resume", type=named, nargs="?", const="", help="go on with a run (alone: the one started last)")
-    add("--early_stopping", type=number(int, 0), default=0, metavar="PATIENCE", help="validations without gain; 0: off")
-    add("--min_delta", type=at_least_0, default=0.0, help="the least change that is a gain")
-    add("--monitor", type=str, help="what best.pt and patience go by; else accuracy or solve_rate of val or ema")
-    add("--tensorboard", type=boolean, nargs="?", const=True, default=False, help="scalars and samples for TensorBoard")
-    add("--wandb", type=boolean, nargs="?", const=True, default=False, help="the same for Weights & Biases")
-    add("--quiet", type=boolean, nargs="?", const=True, default=False, help="no bars, for logs in files")
-    add("--config", type=str, metavar="NAME", help="a preset of configs.json; flags override it")
-
-    add = parser.add_argument_group("other modes").add_argument
-    add("--find_lr", action="store_true", help="sweep the learning rate and suggest one")
-    add("--evaluate", type=file_path, nargs="+", metavar="CKPT", help="checkpoints on the test split, else on val")
-    alone = {"nargs": "?", "const": str(WEIGHTS)}
-    add("--predict", type=file_path, **alone, metavar="CKPT", help="apply it to --input; alone: Sudoku")
-    add("--export", type=file_path, metavar="CKPT", help="write it to --output, with what stands before and after it")
-    views = "average over six views of an image, eight symmetries of a puzzle"
-    add("--tta", type=boolean, nargs="?", const=True, default=False, help=f"--evaluate, --predict: {views}")
-    add("--input", type=file_path, nargs="+", metavar="PATH", help="pictures, folders, globs; or a file of puzzles")
-    add("--search", type=boolean, nargs="?", const=True, default=False, help="finish what the network does not, proved")
-    add("--output", type=file_path, metavar="FILE", help="of --find_lr .csv, --evaluate .json .csv, --predict .csv "
-        ".json (puzzles: .csv .sdm .sdk), --export .pt2 .onnx")  # fmt: skip
+    """The parser of all flags. Each flag's type checks its value."""
+    number, path, switch = utils.number, utils.file_path, utils.boolean
+    count, positive, size = number(int, 0), number(int, 1), number(int, 0, 2048)
+    at_least_0, above_0 = number(float, 0), number(float, 0, open_low=True)
+    share, alpha = number(float, 0, 1, open_high=True), number(float, 0, 100)
+    groups = {  # (flag, type or choices, default, what it is)
+        "data": (
+            ("data", path, None, "class folders, IDX, CIFAR, NPZ or puzzle files; else built-in data"),
+            ("image_size", size, 0, "side of the images in px; 0: by the source"),
+            ("val_fraction", share, 0.1, "share of each class set aside, without a validation split"),
+            ("max_samples", count, 0, "size of a subset of each split; 0: all"),
+            ("workers", number(int, 0, 64), None, "loader processes; else none for data in memory"),
+            ("cache_dir", path, ".cache", "folder for decoded image folders"),
+            ("crop_padding", number(int, 0, 256), 4, "padding in px before a random crop"),
+            ("flip", switch, None, "random mirroring; else for colour images only"),
+            ("min_crop_area", number(float, 0, 1, True), 0.35, "smallest area of a resized crop"),
+            ("cutout", size, 0, "side in px of the erased square; 0: off"),
+            ("mixup", alpha, 0.0, "Beta parameter of Mixup; 0: off"),
+            ("cutmix", alpha, 0.0, "Beta parameter of CutMix; with --mixup: one of both; 0: off"),
+            ("val_every", number(int, 1, word="adaptive"), 1, "epochs between validations; adaptive: "
+             "1 up to epoch 10, 2 up to 30, then 3"),
+        ),
+        "model": (
+            ("model", list(models.MODELS), "efficientnet_b0", "network"),
+            ("model_args", str, [], "KEY=VALUE arguments of the network, such as widths=24,64,256,256"),
+            ("pretrained", path, None, "file of weights to start from; alone: the official B0"),
+            ("focal_gamma", at_least_0, 0.0, "exponent of the focal loss; 0: off"),
+            ("label_smoothing", share, 0.0, "share of the target spread over all classes"),
+        ),
+        "training": (
+            ("epochs", positive, 10, "passes over the training split"),
+            ("batch_size", number(int, 1, word="auto"), 16, "samples of a micro-batch; auto: what fits"),
+            ("accumulation_steps", positive, 1, "micro-batches of a step"),
+            ("effective_batch", positive, None, "samples of a step, in place of accumulation steps"),
+            ("clip_grad_norm", at_least_0, 0.0, "largest gradient norm; 0: no clipping"),
+            ("optimizer", list(models.LEARNING_RATES), None, "else muon for Sudoku, adamw for images"),
+            ("lr", number(float, 0, open_low=True, word="auto"), None, "peak learning rate; auto: by "
+             "the range test; else 0.003 adamw, 0.1 sgd, 0.005 muon"),
+            ("weight_decay", at_least_0, 0.01, "decay of matrices and filters"),
+            ("momentum", share, 0.9, "momentum of sgd and muon, beta1 of adamw"),
+            ("ema_decay", share, 0.0, "decay of the weights' moving average; 0: none"),
+            ("swa_start_epoch", count, 0, "first epoch of the SWA mean; 0: none"),
+            ("swa_lr", above_0, None, "learning rate of SWA; else the schedule's"),
+            ("sam_rho", at_least_0, 0.0, "radius of SAM; 0: off"),
+            ("freeze_epochs", count, 0, "first epochs, which train the head alone"),
+            ("seed", number(int, 0, 2**63 - 1), 0, "seed of all randomness"),
+        ),
+        "schedule": (
+            ("scheduler", list(SCHEDULES), "onecycle", "schedule of the learning rate"),
+            ("scheduler_args", str, [], "KEY=VALUE arguments of the schedule, such as pct_start=0.2"),
+            ("max_lr", above_0, None, "peak of onecycle; else --lr"),
+            ("warmup_epochs", at_least_0, 0.0, "epochs of linear warm-up, except for onecycle"),
+        ),
+        "machine": (
+            ("device", str, "auto", "auto, cuda, cuda:N, mps or cpu"),
+            ("amp", ["auto", "True", "False", "fp16", "bf16"], "auto", "mixed precision"),
+            ("channels_last", switch, True, "memory format of images and filters"),
+            ("memory_gb", above_0, None, "limit of memory in GB"),
+            ("checkpoint_activations", switch, False, "activations computed twice, to save memory"),
+            ("deterministic", switch, True, "deterministic cuDNN, for bitwise resume"),
+            ("timeout", above_0, 600.0, "longest silence in s of a loader worker or process"),
+            # no CUDA graphs: they would reuse the memory of accumulated gradients
+            ("compile", ["off", "default", "max-autotune-no-cudagraphs"], "off", "torch.compile mode"),
+        ),
+        "run": (
+            ("run_name", utils.run_name, None, "folder under runs/; else model and time"),
+            ("save_every", count, 0, "steps between saves; 0: one save after each epoch"),
+            ("resume", lambda text: text and path(text), None, "run to go on with; alone: the last "
+             "one; with --run_name NAME: that run, begun if need be"),
+            ("early_stopping", count, 0, "patience in validations; 0: off"),
+            ("min_delta", at_least_0, 0.0, "smallest change that is an improvement"),
+            ("monitor", str, None, "metric for best.pt and patience, such as val_loss"),
+            ("tensorboard", switch, False, "scalars and samples for TensorBoard"),
+            ("wandb", switch, False, "scalars and samples for Weights & Biases"),
+            ("quiet", switch, False, "no progress bars"),
+            ("config", str, None, "preset of configs.json; flags override it"),
+        ),
+        "other modes": (
+            ("find_lr", switch, False, "learning-rate range test"),
+            ("evaluate", path, None, "metrics of checkpoints on the test split, else on val"),
+            ("predict", path, None, "predictions of a checkpoint for --input; alone: Sudoku"),
+            ("export", path, None, "program of a checkpoint, written to --output"),
+            ("copy", str, None, "functions of the kit with all they need, written to --output"),
+            ("tta", switch, False, "average over six views of an image (--evaluate, --predict)"),
+            ("input", path, None, "pictures, folders, globs, or a file of puzzles"),
+            ("search", switch, False, "proved solutions of what the network does not solve"),
+            ("output", path, None, "file: --find_lr .csv, --evaluate .json .csv, --predict .csv .json "
+             "(puzzles .csv .sdm .sdk), --export .pt2 .onnx, --copy .py"),
+        ),
+    }
+    alone = {"pretrained": "official", "amp": "True", "compile": "default", "resume": "",
+             "predict": str(WEIGHTS)}  # the value of a flag without one
+    parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in rows:
+            options = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
+            if name in alone or kind is switch:
+                options |= {"nargs": "?", "const": alone.get(name, True)}
+            if name in ("model_args", "scheduler_args", "evaluate", "copy", "input"):
+                options["nargs"] = "+"
+            group.add_argument(f"--{name}", default=default, help=text, **options)
     return parser
 
 
 def parse_flags(argv):
-    """(config, given): all flags resolved, and those that flags or the preset set; flags over preset over defaults."""
+    """(args, given): all flags, and a dict of those set by the user or by the preset.
+
+    The user's flags override the preset, the preset overrides the defaults.
+    """
     parser = build_parser()
     defaults = vars(parser.parse_args([]))
-    actions = {action.dest: action for action in parser._actions if action.dest in defaults}
-    for action in actions.values():
-        if action.help and action.default not in (None, argparse.SUPPRESS, False, ""):
+    for action in parser._actions:
+        if action.help and action.default not in (None, argparse.SUPPRESS, False, []):
             action.help += f" (default: {action.default})"
-        action.default = argparse.SUPPRESS  # so that a flag that equals its default still counts as given
-    argv = [re.sub(r"^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        fail(f"{shown(name)} is no flag; {nearest(name, ['--' + key for key in defaults])}")
-    flags = vars(flags)
-    presets = Path(__file__).with_name("configs.json")
-    preset = read_preset(presets, flags["config"], actions) if "config" in flags else {}
-    if "effective_batch" in flags or flags.get("batch_size") == "auto":  # the preset's samples a step stay, or give way
-        steps, size = preset.pop("accumulation_steps", 1), preset.get("batch_size", "auto")
-        preset |= {"effective_batch": steps * size} if size != "auto" else {}
+        action.default = argparse.SUPPRESS  # so a flag that equals its default counts as given
+    flags = parse_words(parser, argv)
+    preset = parse_preset(parser, flags["config"]) if "config" in flags else {}
+    if "effective_batch" in flags or flags.get("batch_size") == "auto":
+        steps = preset.pop("accumulation_steps", 1)  # the samples of a step stay the preset's
+        if preset.get("batch_size", "auto") != "auto":
+            preset["effective_batch"] = steps * preset["batch_size"]
+    for key in {"model_args", "scheduler_args"} & flags.keys():
+        names = [word.partition("=")[0] for word in flags[key]]
+        kept = [word for word in preset.get(key, []) if word.partition("=")[0] not in names]
+        flags[key] = kept + flags[key]
     given = {**preset, **flags}
-    return {**defaults, **given}, given
+    return argparse.Namespace(**{**defaults, **given}), given
 
 
-def nearest(name, names):
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "see --help"
+def parse_words(parser, words):
+    """{flag: value} of words as on the command line; ends the program where one is bad."""
+    words = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
+    flags, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].split("=")[0]
+        parser.error(f"{utils.shorten(name)} is no flag; {utils.nearest(name, known)}")
+    return vars(flags)
 
 
-def read_preset(path, name, actions):
-    """The checked flags of preset `name` in the JSON file at `path`; every fault ends in one line."""
-
-    def no_twice(pairs):
-        seen = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"{path.name}: key {shown(key)} stands twice; remove one")
-            seen.add(key)
-        return dict(pairs)
-
-    def no_constant(text):
-        raise ValueError(f"{path.name}: {text} is no number for JSON; give a finite one")
-
+def parse_preset(parser, name):
+    """{flag: value} of a preset, checked as on the command line and by its JSON types."""
+    path = Path(__file__).with_name("configs.json")
     try:
-        if path.is_file() and path.stat().st_size > 2**20:
-            raise ValueError(f"{path.name}: over {2**20:,} bytes; a preset is one short object")
-        presets = json.loads(path.read_text("utf-8"), object_pairs_hook=no_twice, parse_constant=no_constant)
-    except FileNotFoundError:
-        fail(f"{path}: no such file; presets are read from beside train.py")
-    except UnicodeDecodeError as error:
-        fail(f"{path.name}: not UTF-8 at byte {error.start}; save it as UTF-8")
-    except json.JSONDecodeError as error:
-        fail(f"{path.name}:{error.lineno}:{error.colno}: not JSON: {error.msg}")
-    except RecursionError:
-        fail(f"{path.name}: nested too deep; a preset is one flat object")
-    except (ValueError, OSError) as error:  # the first above, or of a number with too many digits
-        fail(said(error) if path.name in str(error) else f"{path.name}: {error}")
-    if not isinstance(presets, dict) or not all(isinstance(preset, dict) for preset in presets.values()):
-        fail(f'{path.name}: must be an object of objects, {{"name": {{"flag": value}}}}')
-    if name not in presets:
-        fail(f"--config {shown(name)} is no preset; there are {', '.join(presets) or 'none'}")
-    checked = {}
-    for key, value in presets[name].items():
-        if key not in actions or key in MODES:
-            fail(f"{path.name}: {name}: {shown(key)} is no flag for a preset; {nearest(key, list(actions))}")
-        try:
-            checked[key] = checked_value(key, value, actions[key])
-        except ValueError as error:
-            fail(f"{path.name}: {name}: {error}")
-    return checked
+        preset = utils.read_preset(path, name)
+        words = utils.preset_words(preset)
+    except ValueError as error:
+        parser.error(str(error))
+    parser.where = f"{path.name}: {name}: "
+    flags = parse_words(parser, words)
+    for key, value in preset.items():
+        if key in MODES or isinstance(value, str) != isinstance(flags[key], str):
+            parser.error(f"{key} {utils.shorten(value)}: is no flag for a preset, or of another type")
+    return flags
 
 
-def checked_value(key, value, action):
-    """The value of a flag in JSON as argparse's `action` takes it; ValueError in one line where it does not."""
-    text = value if isinstance(value, str) else {list: "[...]", dict: "{...}"}.get(type(value)) or json.dumps(value)
-    try:
-        found = (action.type or str)(text)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{key} {error}") from None
-    if isinstance(found, str) != isinstance(value, str):
-        wanted = {str: "a string", bool: "true or false"}.get(type(found), "a number")
-        raise ValueError(f"{key} must be {wanted}, got {shown(text) if isinstance(value, str) else text}")
-    if action.choices and value not in action.choices:
-        raise ValueError(f"{key} must be one of {action.choices}, got {shown(value)}")
-    return found
+def check_flags(args, given):
+    """Mutates `args`: types the KEY=VALUE arguments. ValueError for flags that do not go together.
+
+    No data has been read yet; `settle` checks what depends on the data.
+    """
+    mode = next((mode for mode in (*READ_BY, "find_lr") if getattr(args, mode)), None)
+    for key in given if mode in READ_BY else ():
+        if key not in READ_BY[mode]:
+            raise ValueError(f"--{key}: does not go with --{mode}; leave it out")
+    for key, others in NEEDS.items():
+        if getattr(args, key) and not any(getattr(args, other) for other in others):
+            raise ValueError(f"--{key}: needs --{' or --'.join(others)}; add it")
+    cache = Path(args.cache_dir)
+    there = next((place for place in (cache, *cache.parents) if place.exists()), Path())
+    several = os.environ.get("LOCAL_RANK") and os.environ.get("WORLD_SIZE", "1") != "1"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    version = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
+    swa, frozen, epochs, warmup_epochs = (
+        args.swa_start_epoch, args.freeze_epochs, args.epochs, args.warmup_epochs)
+    automatic = args.effective_batch or args.batch_size == "auto"
+    for wrong, message in (
+        (version < [2, 10], f"torch {torch.__version__}: is too old; install 2.10 or later"),
+        (not there.is_dir(), f"--cache_dir {cache}: {there} is no folder; give a folder"),
+        (mode in READ_BY and several, f"--{mode}: is for one process; start it without torchrun"),
+        (args.compile != "off" and args.checkpoint_activations,
+         "--checkpoint_activations: does not go with --compile; leave one of them out"),
+        (frozen and (args.find_lr or args.lr == "auto"),
+         "--freeze_epochs: the range test trains the whole network; give --lr a number"),
+        (automatic and "accumulation_steps" in given,
+         "--accumulation_steps: follows from --effective_batch; give that in its place"),
+        (swa > epochs, f"--swa_start_epoch {swa}: must be at most --epochs {epochs}"),
+        (frozen > epochs, f"--freeze_epochs {frozen}: must be at most --epochs {epochs}"),
+        (0 < swa <= frozen, f"--swa_start_epoch {swa}: must be above --freeze_epochs {frozen}"),
+        (args.scheduler != "onecycle" and warmup_epochs >= epochs,
+         f"--warmup_epochs {warmup_epochs:g}: must be below --epochs {epochs}"),
+        (restarts and not mode and not (args.run_name and args.resume == ""),
+         "--resume: torchrun --max_restarts needs --resume --run_name NAME to find the run again"),
+    ):
+        if wrong:
+            raise ValueError(message)
+    if args.output:
+        utils.check_output(args.output, OUTPUTS[mode], [*(args.input or ()), args.data])
+    utils.trackers_available(args.tensorboard, args.wandb)
+    if mode in READ_BY or args.resume or (args.resume == "" and not args.run_name):
+        return  # the checkpoint holds the rest
+    for key in given.keys() & IMAGE_FLAGS if args.model == "sudoku_gnn" else ():
+        raise ValueError(f"--{key}: is for pictures, not for --model {args.model}; leave it out")
+    functions = {"model_args": models.MODELS[args.model], "scheduler_args": SCHEDULES[args.scheduler]}
+    for key, function in functions.items():
+        setattr(args, key, utils.keyword_arguments(getattr(args, key), function, f"--{key}"))
+    for key in args.scheduler_args.keys() & SCHEDULE_RANGES.keys():
+        low, high = SCHEDULE_RANGES[key]
+        if not low <= args.scheduler_args[key] <= high:
+            raise ValueError(f"--scheduler_args {key}: must be from {low:g} to {high:g}")
 
 
-# ------------------------------------------------------------------------- what the loop carries
+# ----------------------------------------------------------------------- what the loop carries
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the loop needs of a model family: pure functions of (outputs, targets).
+    """What the loop needs to know of a kind of data; the functions are pure."""
 
-    `loss` is a *sum* over the items of the batch (a float32 scalar), which `items` counts. `measure`
-    gives (sums [metrics], what they were summed over: a number, or [metrics]), in the order of `metrics`.
-    `monitor` is the metric that best.pt goes by, `shown` how logs format the metrics, `unit` what
-    samples are called.
-    """
-
-    loss: Callable
-    measure: Callable = lambda outputs, targets: (torch.zeros(0, device=outputs.device), 0)
-    metrics: tuple = ()
-    items: Callable = len
-    monitor: str = "loss"
-    shown: dict = field(default_factory=dict)
+    loss: Callable  # (outputs, targets) -> the loss summed over the batch's items, a float32 scalar
+    items: Callable = len  # targets -> their number of items
+    measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), 0)  # -> numerators [metrics]
+    metrics: tuple = ()  # their names                 and denominators, a number or [metrics]
+    monitor: str = "loss"  # the metric that chooses best.pt
+    formats: dict = field(default_factory=dict)  # metric -> its format in logs
     unit: str = "samples"
-
-
-class Sums(NamedTuple):
-    """Totals over samples, on the device: the loss above its items, and the metrics above what each counted."""
-
-    loss: torch.Tensor | float  # scalar
-    items: torch.Tensor | int
-    values: torch.Tensor  # [metrics]
-    counts: torch.Tensor | int  # [metrics], or one count for all
-
-    def plus(self, other):
-        return Sums(*(a + b for a, b in zip(self, other)))
+    augment: Callable | None = None  # (images, targets, index, epoch) -> (inputs, targets)
+    prepare: Callable | None = None  # images -> inputs, for evaluation
+    views: Callable | None = None  # inputs -> (view, weight) ..., for test-time augmentation
 
 
 @dataclass
 class TrainState:
-    """All that a run mutates; what is not derived from the config is saved and restored whole."""
+    """All that a run mutates; saved and restored whole, except for the last three fields."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: dict | None = None  # name -> tensor, as the model's state dict
+    ema: dict | None = None  # name -> tensor, as in the model's state dict
     swa: AveragedModel | None = None
     step: int = 0  # attempted steps; bad ones count, so that schedules and logs agree
-    epoch: int = 0  # whole epochs done
-    epoch_step: int = 0  # steps done in the epoch under way
+    epoch: int = 0  # completed epochs
+    epoch_step: int = 0  # completed steps of the current epoch
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    sums: Sums | None = None  # of the epoch under way, in float64
-    micro_batch: int | None = None  # samples at once, since memory ran out; None: batches as they come
-    seconds: float = 0.0  # training time of the epoch under way
+    totals: torch.Tensor | None = None  # of the current epoch, see `batch_totals`
+    micro_batch: int | None = None  # largest batch since memory ran out; None: no limit
+    seconds: float = 0.0  # training time of the current epoch
     gradient_norm: float = 0.0  # before clipping, smoothed over good steps
-    history: list = field(default_factory=list)  # a dict an epoch: metrics.csv
+    history: list = field(default_factory=list)  # rows of metrics.csv, one dict an epoch
     finished: bool = False
-    forward: Callable | None = None  # the model, compiled or distributed where asked; not saved
-    stop: bool = False  # that this process asks to stop; after a step, that any one does; not saved
+    forward: Callable | None = None  # the compiled model
+    share: Callable | None = None  # see `share_among_processes`
+    stop: bool = False  # whether a process asks to stop
 
-    PLAIN = tuple(
-        "step epoch epoch_step bad_steps bad_in_a_row micro_batch seconds gradient_norm history finished".split()
-    )
-
-    def __post_init__(self):  # gathered once: walking the modules costs 0.3 ms for EfficientNet-B0
+    def __post_init__(self):  # once: walking the modules of EfficientNet-B0 takes 0.3 ms
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.buffers = list(self.model.buffers())
-        self.live = self.model.state_dict()  # the tensors themselves, not copies
+        self.live = self.model.state_dict()  # the tensors themselves, no copies
 
     def to_checkpoint(self):
-        return {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "ema": self.ema, "sums": self.sums and list(self.sums),
-            "swa": self.swa and self.swa.state_dict(),
-            **{name: getattr(self, name) for name in self.PLAIN},
-        }  # fmt: skip
+        values = {name: getattr(self, name) for name in SAVED}
+        return {n: v.state_dict() if hasattr(v, "state_dict") else v for n, v in values.items()}
 
     def load(self, saved):
-        """Set this state to a saved one; ValueError where the model's shapes differ."""
-        models.check_state_dict(self.model.state_dict(), saved["model"])
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for p, moments in getattr(self.optimizer, "state", {}).items():  # in the memory format of this device
-            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v is not None and v.ndim}
-        if saved["scaler"] and self.scaler.is_enabled():  # a run may go on at another precision
-            self.scaler.load_state_dict(saved["scaler"])
-        for name in self.PLAIN:
-            setattr(self, name, saved[name])
-        device = self.parameters[0].device
-        like = dict(device=device, dtype=sum_dtype(device))
-        self.sums = saved["sums"] and Sums(*(v.to(**like) if torch.is_tensor(v) else v for v in saved["sums"]))
-        if self.ema is not None:
-            for name, tensor in saved["ema"].items():
-                self.ema[name].copy_(tensor)
-        if self.swa is not None:
-            self.swa.load_state_dict(saved["swa"])
+        """Set this state to a saved one of the same model."""
+        for name in SAVED:
+            own, value = getattr(self, name), saved[name]
+            if hasattr(own, "load_state_dict"):
+                if value:  # the scaler of another precision saved nothing
+                    own.load_state_dict(value)
+            elif name == "ema" and own:
+                torch._foreach_copy_(list(own.values()), [value[key] for key in own])
+            elif name != "ema":
+                setattr(self, name, value)
+        for p, moments in self.optimizer.state.items():  # in the memory format of this device
+            for name, value in moments.items():
+                if value is not None and value.ndim:
+                    moments[name] = torch.empty_like(p).copy_(value)
 
 
-SAVED = (*TrainState.PLAIN, "model", "optimizer", "scaler", "ema", "swa", "sums", "meta", "config")
+SAVED = [f.name for f in fields(TrainState)][:-3]
 
 
-class Together:
-    """Optimizers that share out a model's parameters, used as one."""
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, saved):
-        for part, state in zip(self.parts, saved["parts"]):
-            part.load_state_dict(state)
+# ---------------------------------------------------------------------------------- schedules
+# Pure functions of the step, counted from 0, to (learning rate, momentum or None to leave it).
 
 
-class Muon:
-    """torch.optim.Muon, which takes matrices alone, for filters too: [out, in, h, w] is [out, in * h * w]."""
-
-    def __init__(self, parameters, lr, weight_decay, momentum):
-        matrices = [nn.Parameter(as_matrix(p.detach())) for p in parameters]
-        self.inner = torch.optim.Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
-        self.param_groups = [{**self.inner.param_groups[0], "params": parameters}]
-
-    def state_dict(self):
-        return self.inner.state_dict()
-
-    def load_state_dict(self, saved):
-        self.inner.load_state_dict(saved)
-        self.param_groups[0].update({**self.inner.param_groups[0], "params": self.param_groups[0]["params"]})
-
-    def step(self):
-        inner, outer = self.inner.param_groups[0], self.param_groups[0]
-        inner.update({name: value for name, value in outer.items() if name != "params"})
-        for matrix, p in zip(inner["params"], outer["params"]):
-            matrix.grad = None if p.grad is None else as_matrix(p.grad)
-        self.inner.step()
-
-
-def as_matrix(weight):
-    """A view [out, rest] of a dense weight or gradient [out, ...], its columns in the order of its memory."""
-    return weight.as_strided((len(weight), weight[0].numel()), (weight[0].numel(), 1))
-
-
-def build_optimizer(model, name, lr, weight_decay, momentum, device):
-    """AdamW or SGD with Nesterov momentum, fused where the device has it, or Muon beside AdamW.
-
-    Muon (Jordan et al. 2024) makes each update of a matrix or of dense filters orthogonal, at a scale where AdamW's
-    rates hold; heads, embeddings, depthwise filters, biases and scales stay with AdamW.
-    """
-    groups = models.parameter_groups(model, weight_decay)
-    fused = device.type in ("cuda", "cpu", "mps")
-    if name == "sgd":
-        sgd = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
-        for p in (p for group in groups * (momentum > 0) for p in group["params"]):
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # it fails where only some have one: after freezing
-        return sgd
-    head = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    suits = lambda p: name == "muon" and p[0].numel() > p[0, 0].numel() and not (head and p is head[0])
-    matrices = [p for p in groups[0]["params"] if suits(p)]
-    if matrices:
-        groups[0]["params"] = [p for p in groups[0]["params"] if not suits(p)]
-        groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
-    return Together(Muon(matrices, lr, weight_decay, momentum), adamw) if matrices else adamw
-
-
-# ------------------------------------------------------------------------------------- schedules
-# Pure functions of the step, 0 to total_steps - 1, to (learning rate, momentum or None for the optimizer's own).
-
-
-def onecycle(step, total_steps, max_lr, pct_start, div_factor, final_div_factor, anneal="cos", cycle_momentum=True):
-    """Up to max_lr and down to max_lr / div_factor / final_div_factor (Smith & Topin 2018); as torch's OneCycleLR."""
-    rise_end, last = pct_start * total_steps - 1, total_steps - 1
-    first = max_lr / div_factor
-    if step <= rise_end and step < last:
-        share = step / rise_end if rise_end > 0 else 1.0
-        (lr_from, lr_to), (m_from, m_to) = (first, max_lr), (0.95, 0.85)
+def onecycle(step, total_steps, max_lr, pct_start=0.3, div_factor=25.0, final_div_factor=1e4,
+             anneal="cos", cycle_momentum=True):
+    """Up to max_lr, down to max_lr / div_factor / final_div_factor (Smith & Topin 2018)."""
+    peak, last, first = pct_start * total_steps - 1, total_steps - 1, max_lr / div_factor
+    if step <= peak and step < last:
+        share = step / peak if peak > 0 else 1.0
+        (lr, lr_to), (momentum, momentum_to) = (first, max_lr), (0.95, 0.85)
     else:
-        share = (step - rise_end) / (last - rise_end) if last > rise_end else 1.0
-        (lr_from, lr_to), (m_from, m_to) = (max_lr, first / final_div_factor), (0.85, 0.95)
-    if anneal == "cos":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return lr_from + (lr_to - lr_from) * share, (m_from + (m_to - m_from) * share) if cycle_momentum else None
+        share = (step - peak) / (last - peak) if last > peak else 1.0
+        (lr, lr_to), (momentum, momentum_to) = (max_lr, first / final_div_factor), (0.85, 0.95)
+    share = (1 - math.cos(math.pi * share)) / 2 if anneal == "cos" else share
+    momentum += (momentum_to - momentum) * share
+    return lr + (lr_to - lr) * share, momentum if cycle_momentum else None
 
 
 def warmup(step, warmup_steps):
-    """Linear from 1 / warmup_steps to 1 over the first warmup_steps, then 1."""
+    """A factor that rises linearly from 1 / warmup_steps to 1 over the first warmup_steps."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
@@ -574,1783 +392,1272 @@ def cosine(step, total_steps, lr, warmup_steps=0):
     """Linear warm-up, then half a cosine down to 0 at total_steps (Loshchilov & Hutter 2017)."""
     if step < warmup_steps:
         return lr * warmup(step, warmup_steps), None
-    return lr * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2, None
+    share = (step - warmup_steps) / (total_steps - warmup_steps)
+    return lr * (1 + math.cos(math.pi * share)) / 2, None
 
 
-def constant(step, lr, warmup_steps=0, scale=1.0):
-    """Linear warm-up, then lr, times `scale`."""
-    return lr * scale * warmup(step, warmup_steps), None
+def constant(step, total_steps, lr, warmup_steps=0):
+    """Linear warm-up, then lr."""
+    return lr * warmup(step, warmup_steps), None
+
+
+def plateau(step, total_steps, lr, warmup_steps=0, values=(), patience=3, factor=0.1, min_delta=0.0):
+    """Linear warm-up, then lr, cut by `factor` each time that patience runs out over `values`.
+
+    `values` holds the monitored metric of each validation so far, higher being better. Equal to
+    torch's ReduceLROnPlateau with an absolute threshold of min_delta.
+    """
+    best, waited, cuts = -math.inf, 0, 0
+    for value in values:
+        best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
+        if waited > patience:
+            cuts, waited = cuts + 1, 0
+    return lr * factor**cuts * warmup(step, warmup_steps), None
+
+
+SCHEDULES = {"onecycle": onecycle, "cosine": cosine, "plateau": plateau, "constant": constant}
+SCHEDULE_RANGES = {"pct_start": (0, 1), "div_factor": (1e-6, 1e6), "final_div_factor": (1e-6, 1e12),
+                   "factor": (1e-6, 1), "patience": (0, 1e6), "warmup_steps": (0, 1e9)}
 
 
 def swa_rate(step, start, anneal_steps, lr_before, swa_lr):
-    """Half a cosine from lr_before at step `start` to swa_lr over anneal_steps, which stays; as torch's SWALR."""
+    """Half a cosine from lr_before at step `start` to swa_lr over anneal_steps; as torch's SWALR."""
     share = (1 - math.cos(math.pi * min(1.0, (step - start) / anneal_steps))) / 2
     return lr_before + (swa_lr - lr_before) * share
 
 
-def plateau_cuts(values, patience, higher_is_better, min_delta=0.0):
-    """How often patience ran out over `values` (one a validation); as torch's ReduceLROnPlateau, threshold absolute."""
-    best, waited, cuts = -math.inf, 0, 0
-    for value in values if higher_is_better else [-v for v in values]:
-        best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
-        if waited > patience:
-            cuts, waited = cuts + 1, 0
-    return cuts
+def rates(args, step, steps_per_epoch, values=()):
+    """(learning rate, momentum or None) of a step by the flags; `values` as in `plateau`."""
+    start = (args.swa_start_epoch - 1) * steps_per_epoch if args.swa_lr else math.inf
+    total, options, peak = args.epochs * steps_per_epoch, dict(args.scheduler_args), args.lr
+    if args.scheduler == "onecycle":
+        peak = args.max_lr or peak
+    else:
+        options.setdefault("warmup_steps", round(args.warmup_epochs * steps_per_epoch))
+    if args.scheduler == "plateau":
+        options |= {"values": values, "min_delta": args.min_delta}
+    before = min(step, max(0, start - 1))
+    lr, momentum = SCHEDULES[args.scheduler](before, total, peak, **options)
+    if step >= start:
+        lr = swa_rate(step, start, steps_per_epoch, lr, args.swa_lr)
+    return lr, momentum
 
 
-def epochs_since_best(values, higher_is_better, min_delta=0.0):
-    """Validations since the last gain of more than `min_delta` over the best before it; 0 where the last one is it."""
-    best, since = -math.inf, 0
-    for value in values if higher_is_better else [-v for v in values]:
-        best, since = (value, 0) if value > best + min_delta else (best, since + 1)
-    return since
-
-
-# name -> function of (config, step, total_steps, warmup_steps, cuts); the flags meet the pure functions here
-SCHEDULES = {
-    "onecycle": lambda c, step, total, warm, cuts: onecycle(
-        step, total, c["max_lr"] or c["lr"], c["pct_start"], c["div_factor"], c["final_div_factor"], c["anneal"],
-        c["cycle_momentum"]),
-    "cosine": lambda c, step, total, warm, cuts: cosine(step, total, c["lr"], warm),
-    "plateau": lambda c, step, total, warm, cuts: constant(step, c["lr"], warm, c["scheduler_factor"] ** cuts),
-    "constant": lambda c, step, total, warm, cuts: constant(step, c["lr"], warm),
-}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------- EMA
+# ---------------------------------------------------------------------------------------- EMA
 
 
 def start_ema(model):
-    """A plain dict of copies of the model's state, buffers too, for `update_ema`."""
+    """Copies of the tensors of the model's state dict, buffers too, for `update_ema`."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
-def update_ema(ema, own, decay, updates):
-    """Move `ema` towards `own`, the model's state_dict(), in place: ema += (1 - d) * (own - ema).
+def update_ema(ema, weights, decay, updates):
+    """Mutates the dict `ema`: ema += (1 - d) * (weights - ema), weights being a state dict.
 
-    d = min(decay, (1 + n) / (10 + n)); n = `updates` counts the updates before this one. Whole-number
-    buffers are copied. One fused call: 1.1 ms for EfficientNet-B0 on two cores, AveragedModel takes 3.5.
+    d = min(decay, (1 + n) / (10 + n)), where n = `updates` counts the updates before this one.
+    Integer buffers are copied. One fused call takes 1.1 ms for EfficientNet-B0 on two cores, where
+    torch's AveragedModel takes 3.5 ms.
     """
     floats = [name for name in ema if ema[name].is_floating_point()]
     weight = 1 - min(decay, (1 + updates) / (10 + updates))
-    torch._foreach_lerp_([ema[name] for name in floats], [own[name] for name in floats], weight)
+    torch._foreach_lerp_([ema[n] for n in floats], [weights[n] for n in floats], weight)
     for name in ema.keys() - floats:
-        ema[name].copy_(own[name])
+        ema[name].copy_(weights[name])
 
 
-# ------------------------------------------------------------------------------ one step, one pass
+# ----------------------------------------------------------------------------------- one step
 
 
-def autocast(device, dtype):
-    """torch.autocast to `dtype`; nothing for float32."""
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def keep_both(images, targets, index):
+def unchanged(images, targets, index, epoch=0):
+    """The augmentation that does nothing."""
     return images, targets
 
 
-def train_step(state, window, task, augment=keep_both, dtype=torch.float32, clip_grad_norm=0.0, ema_decay=0.0,
-               seed=None, sam_rho=0.0, counted=None):  # fmt: skip
+def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip_grad_norm=0.0,
+               ema_decay=0.0, seed=None, sam_rho=0.0):
     """Mutates `state`: one optimizer update from a window of batches (images, targets, index).
 
-    The summed loss is divided by the items of the whole window, so uneven batches give the gradient of
-    the one big batch (BatchNorm apart, which sees each batch alone). `augment(images, targets, index)`
-    makes the model's inputs and their targets; `seed` is of dropout and its like. `sam_rho` takes the
-    gradient where `sharpness_aware` says. A loss or gradient that is not finite changes no weight,
-    buffer, optimizer state or EMA. Where memory runs out, the window is done again in halved batches
-    with the same randomness, and `state.micro_batch` keeps their size. Returns (Sums, gradient norm,
-    whether the step was good).
-
-    Among several processes each has its share of the window, of which `counted` batches count (None: all) and the
-    others stand in; sums, gradients, `state.stop` and all that is decided are those of all. Float buffers, as
-    BatchNorm's, become their mean.
+    The summed loss is divided by the items of the whole window, so uneven batches give the gradient
+    of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
+    turns (images, targets, index) into inputs and targets; `seed` determines dropout; with
+    `sam_rho` the gradient is taken uphill (see `uphill`). A loss or gradient that is not finite
+    changes no weight, buffer, optimizer state or EMA. Where memory runs out, the window is done
+    again in halved batches with the same randomness. Returns (totals as in `batch_totals`, gradient
+    norm, whether the step was good).
     """
-    counted = len(window) if counted is None else counted
-    held = [buffer.clone() for buffer in state.buffers]
-    if seed is None and sam_rho:
+    buffers = [buffer.clone() for buffer in state.buffers]
+    if seed is None and sam_rho:  # both passes need the same randomness
         seed = int(torch.randint(2**62, ()))
-
-    def one_pass():
-        if seed is not None:
-            set_seed(seed, state.parameters[0].device)
-        real, extra = (split(part, state.micro_batch) for part in (window[:counted], window[counted:]))
-        return accumulate(state, real, task, augment, dtype, extra)
-
-    sums = None
-    while sums is None:
-        try:
-            found = one_pass()
-            first_norm = sharpness_aware(state, sam_rho, one_pass) if sam_rho else 0.0
-            sums = found
-        except RuntimeError as error:
-            if not utils.out_of_memory(error):
-                raise
-            largest = max(len(images) for images, *_ in split(window, state.micro_batch))
-            largest = int(utils.over_all(torch.tensor(largest), "MAX"))
-            if largest < 4:  # BatchNorm needs two
-                raise
-            state.micro_batch = largest // 2
-        if sums is None:  # past the except clause, which holds on to the tensors of the pass that failed
-            undo(state, held)
-            distribute(state)
+    first_norm, totals = 0.0, None
+    while totals is None:
+        totals = window_gradients(state, window, task, augment, dtype, seed)
+        if sam_rho and totals is not None:
+            with uphill(state, sam_rho) as first_norm:
+                second = window_gradients(state, window, task, augment, dtype, seed)
+            totals = None if second is None else totals
+        if totals is None:
+            restore(state, buffers)
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state)
-    norm_value, rest = torch.stack((norm, sums.loss + first_norm)).tolist()  # the step's one synchronisation
-    good = math.isfinite(norm_value + rest)
+    loss = (totals[0, 0] + first_norm).to(norm.dtype)
+    norm_value, loss_value = torch.stack((norm, loss)).tolist()  # the step's one synchronisation
+    good = math.isfinite(norm_value + loss_value)
     if good:
-        average_buffers(state)
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(state.parameters, clip_grad_norm, norm)
         state.scaler.step(state.optimizer)
         if state.ema is not None:
             update_ema(state.ema, state.live, ema_decay, state.step - state.bad_steps)
     state.scaler.update()
-    undo(state, [] if good else held)
+    restore(state, [] if good else buffers)
     state.step += 1
     state.bad_steps += not good
     state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
-    return sums, norm_value, good
+    return totals, norm_value, good
+
+
+def window_gradients(state, window, task, augment, dtype, seed):
+    """Mutates the gradients of `state`: adds those of the window's mean loss.
+
+    Returns the window's totals, or None where memory ran out and the window is to be done again.
+    """
+    device = state.parameters[0].device
+    if seed is not None:
+        set_seed(seed, device)
+    batches, totals, failed = split(window, state.micro_batch), zero_totals(task, device), False
+    counts = [task.items(targets) for _, targets, _ in batches]
+    items = sum(counts)
+    try:
+        for (images, targets, index), count in zip(batches, counts):
+            with autocast(device, dtype):
+                inputs, targets = augment(images, targets, index)
+                outputs = (state.forward or state.model)(inputs)
+                loss = task.loss(outputs, targets)
+            totals += batch_totals(task, loss, count, outputs, targets)
+            # the gradient of loss / items, with two operations fewer
+            state.scaler.scale(loss).backward(loss.new_ones(()) / items)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        failed = True
+    if failed:  # outside `except`: the exception keeps the failed pass's tensors alive
+        inputs = outputs = loss = None
+        halve_micro_batch(state, batches)
+    if state.share is not None:
+        totals, failed = state.share(state, totals, failed)
+    return None if failed else totals
+
+
+def zero_totals(task, device):
+    """Zeros [2, 1 + metrics], for sums of `batch_totals`; float64, which MPS lacks."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros(2, 1 + len(task.metrics), device=device, dtype=dtype)
+
+
+def batch_totals(task, loss, items, outputs, targets):
+    """float [2, 1 + metrics]: numerators over denominators of the loss and of each metric."""
+    numerators, denominators = task.measure(outputs.detach(), targets)
+    totals = loss.new_empty(2, 1 + len(numerators))
+    totals[0, 0], totals[1, 0] = loss.detach(), items
+    totals[0, 1:], totals[1, 1:] = numerators, denominators
+    return totals
+
+
+@contextlib.contextmanager
+def uphill(state, rho):
+    """Mutates `state`: within the block the weights are moved by rho along their gradient.
+
+    SAM (Foret et al. 2021, arXiv:2010.01412) takes its gradient there. The block begins without
+    gradients; after it weights and buffers are bitwise as before. Yields the gradient's norm.
+    """
+    norm = gradient_norm(state)
+    weights = [p for p in state.parameters if p.grad is not None]
+    tensors = [*(p.detach() for p in weights), *state.buffers]
+    before = [tensor.clone() for tensor in tensors]
+    moves = torch._foreach_mul([p.grad for p in weights], rho / norm.clamp(min=1e-12))
+    torch._foreach_add_(tensors[: len(weights)], moves)
+    restore(state, [])
+    try:
+        yield norm
+    finally:
+        for tensor, old in zip(tensors, before):
+            tensor.copy_(old)
 
 
 def gradient_norm(state):
-    """Of all gradients together: a scalar tensor."""
+    """The norm of all gradients together, a scalar tensor."""
     gradients = [p.grad for p in state.parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
-def sharpness_aware(state, rho, one_pass):
-    """Mutates the gradients of `state`, those of a whole window, to those at the weights + rho * gradient / norm.
+def restore(state, buffers):
+    """Mutates `state`: removes all gradients and sets the buffers to the given ones, if any."""
+    for p in state.parameters:
+        p.grad = None
+    for buffer, old in zip(state.buffers, buffers):
+        buffer.copy_(old)
 
-    SAM (Foret et al. 2021). `one_pass()` adds the window's gradients, with the same draws as before. The weights come
-    back bit by bit, also where the ascent is not finite, and buffers stay as the first pass left them. Returns the
-    first gradient's norm; a scale on the gradients, as fp16's, does not matter.
+
+def split(window, size):
+    """The batches of a window in parts of at most `size` samples; as they are for None.
+
+    A single last sample joins the part before it, as BatchNorm needs two.
     """
-    norm = gradient_norm(state)
-    weights = [p for p in state.parameters if p.grad is not None]
-    held = [[tensor.detach().clone() for tensor in tensors] for tensors in (weights, state.buffers)]
-    try:
-        with torch.no_grad():
-            torch._foreach_add_(weights, torch._foreach_mul([p.grad for p in weights], rho / norm.clamp(min=1e-12)))
-        undo(state, [])
-        one_pass()
-    finally:
-        with torch.no_grad():
-            for tensor, old in zip([*weights, *state.buffers], [*held[0], *held[1]]):
-                tensor.copy_(old)
-    return norm
+    if size is None:
+        return window
+    parts = []
+    for images, targets, index in window:
+        starts = list(range(0, len(images), size))
+        if len(starts) > 1 and len(images) - starts[-1] == 1:
+            starts.pop()
+        for start, end in zip(starts, [*starts[1:], len(images)]):
+            part = slice(start, end)
+            parts.append((images[part], targets[part], None if index is None else index[part]))
+    return parts
 
 
-def accumulate(state, window, task, augment, dtype, extra=()):
-    """Mutates the gradients of `state`: adds those of the window's mean loss; the window's Sums.
-
-    Among several processes both are those of all, `extra` batches weigh nothing, and where memory ran out in one, all
-    raise OutOfMemoryError.
-    """
-    forward = state.model if state.forward is None else state.forward
-    ranks, device = utils.world()[1], state.parameters[0].device
-    counts = [task.items(targets) for _, targets, _ in window]
-    items, sums, error = sum(counts), None, None
-    if ranks > 1:
-        forward.reducer._rebuild_buckets()  # DDP does so in a forward pass and sends: here nothing has failed yet
-        items = utils.over_all(torch.as_tensor(items, device=device).float()) / ranks  # DDP takes the mean over ranks
-        sums = no_sums(task, device)
-    try:
-        for i, ((images, targets, index), count) in enumerate(zip([*window, *extra], [*counts, *[0] * len(extra)])):
-            if i == len(window):
-                held = [buffer.clone() for buffer in state.buffers]  # what stands in moves no statistics
-            silent = ranks > 1 and i + 1 < len(window) + len(extra)  # the last batch of a window alone sends gradients
-            with forward.no_sync() if silent else contextlib.nullcontext():
-                with autocast(images.device, dtype):
-                    inputs, targets = augment(images, targets, index)
-                    outputs = forward(inputs)
-                    loss = task.loss(outputs, targets)
-                if i < len(window):  # before the gradients are sent: after that nothing may fail
-                    found = Sums(loss.detach(), count, *task.measure(outputs.detach(), targets))
-                    sums = found if sums is None else sums.plus(found)
-                # as that of loss / items, two operations less
-                state.scaler.scale(loss).backward(loss.new_full((), i < len(window)) / items)
-        for buffer, old in zip(state.buffers, held if extra else ()):
-            buffer.copy_(old)
-    except RuntimeError as raised:
-        if ranks == 1 or not utils.out_of_memory(raised) or synchronised(state.model):
-            raise
-        error = utils.one_line(raised)
-    if ranks == 1:
-        return sums
-    if error:  # in place of the gradients, which the others wait for
-        inputs = outputs = loss = None  # else the pass that failed keeps its memory
-        dist.all_reduce(torch.full((sum(p.numel() for p in state.parameters if p.requires_grad),), math.nan,
-                                   dtype=state.parameters[0].dtype, device=device))  # fmt: skip
-        sums = no_sums(task, device)
-    sums, (failed, stop) = over_all(sums, task, device, bool(error), state.stop)
-    if failed:
-        raise torch.OutOfMemoryError(error or "out of memory in another process")
-    state.stop = bool(stop)
-    return sums
+def halve_micro_batch(state, batches):
+    """Mutates `state`: halves the largest batch. torch.OutOfMemoryError where none can be halved."""
+    largest = max(len(images) for images, *_ in batches)
+    if largest < 4:  # BatchNorm needs two samples
+        raise torch.OutOfMemoryError(f"out of memory with a batch of {largest}")
+    state.micro_batch = largest // 2
 
 
-def synchronised(model):
-    """Whether forward passes of the model wait for each other among processes: then none can fail alone."""
-    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+def out_of_memory(error):
+    """Whether an error says that memory ran out, on CUDA (its libraries too), MPS or a CPU."""
+    texts = "out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return memory or any(text in str(error) for text in texts)
 
 
-def over_all(sums, task, device, *flags):
-    """(Sums, sums of the flags) over all processes, in one message."""
-    like, width = dict(dtype=sum_dtype(device), device=device), len(task.metrics)
-    parts = [*(torch.as_tensor(part, **like).expand(n) for part, n in zip(sums, (1, 1, width, width)))]
-    parts = utils.over_all(torch.cat([*parts, torch.tensor(flags, **like)])).split([1, 1, width, width, len(flags)])
-    return Sums(parts[0][0], parts[1][0], *parts[2:4]), parts[4].tolist()
-
-
-def distribute(state):
-    """Mutates `state.forward`: the model in DistributedDataParallel, where there are several processes.
-
-    In one bucket, sent when the last gradient is there: where memory runs out in a pass, nothing has been sent yet.
-    DDP's own two, of 1 and 25 MB, would overlap next to nothing: EfficientNet-B0 has 16 MB in all.
-    """
-    if utils.world()[1] > 1:
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 filters, where they mean nothing
-        state.forward = None
-        gc.collect()  # else the hooks of the one before go on
-        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.13 on
-        state.forward = DistributedDataParallel(
-            state.model, init_sync=False, bucket_cap_mb=2**20, gradient_as_bucket_view=True,
-            **{"forward_sync_buffers" if newer else "broadcast_buffers": False},
-        )  # fmt: skip
-
-
-def average_buffers(state):
-    """Mutates the buffers of `state`, as BatchNorm's statistics: their mean over all processes."""
-    floats, ranks = [buffer for buffer in state.buffers if buffer.is_floating_point()], utils.world()[1]
-    if floats and ranks > 1:
-        mean = utils.over_all(torch.cat([buffer.flatten() for buffer in floats])) / ranks
-        for buffer, part in zip(floats, mean.split([buffer.numel() for buffer in floats])):
-            buffer.copy_(part.view_as(buffer))
+def autocast(device, dtype):
+    """torch.autocast to `dtype`; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def set_seed(seed, device):
-    """Mutates the generators of the CPU and of `device`; torch.manual_seed visits every backend, which takes 0.1 ms."""
+    """Seeds the CPU and `device`; torch.manual_seed visits every backend, which takes 0.1 ms."""
     torch.default_generator.manual_seed(seed)
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).manual_seed(seed)
 
 
-def undo(state, held):
-    """Mutates `state`: no gradients, and the buffers `held` where some are."""
-    for p in state.parameters:
-        p.grad = None
-    for buffer, old in zip(state.buffers, held):
-        buffer.copy_(old)
+def share_among_processes(state, totals, failed):
+    """Mutates `state`: one message makes its gradients and float buffers those of all processes.
 
-
-def split(window, micro_batch):
-    """The window in batches of up to `micro_batch` samples; as it is for None."""
-    if micro_batch is None:
-        return window
-    pieces = [(batch, part) for batch in window for part in data.chunks(torch.arange(len(batch[0])), micro_batch)]
-    return [tuple(None if a is None else a[part[0] : part[-1] + 1] for a in batch) for batch, part in pieces]
-
-
-def no_sums(task, device):
-    """Sums of nothing, in float64 where the device has it, to add to."""
-    zeros = lambda *shape: torch.zeros(shape, device=device, dtype=sum_dtype(device))
-    return Sums(zeros(), 0, zeros(len(task.metrics)), 0)
-
-
-def sum_dtype(device):
-    """What losses are summed in: float64, which MPS lacks."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def means(sums, task):
-    """{"loss": …, metric: …} of Sums; NaN where no item was counted.
-
-    A metric of its own count (the solve rate of hard boards) is left out where there was none.
+    Gradients are weighted by the items of each process, buffers (BatchNorm's statistics) averaged;
+    state.stop becomes whether any process asks to stop. A process without items sends zeros.
+    Returns the totals of all and whether memory ran out in any.
     """
-    totals = [sums.loss.item(), *sums.values.tolist()]
-    counts = [float(sums.items), *(sums.counts * torch.ones_like(sums.values)).tolist()]
-    named = zip(("loss", *task.metrics), totals, counts)
-    return {name: total / count if count else math.nan for name, total, count in named if count or not counts[0]}
+    weights = [p for p in state.parameters if p.requires_grad]
+    buffers = [buffer for buffer in state.buffers if buffer.is_floating_point()]
+    items = 0.0 if failed else totals[1, 0].item()
+    for p in weights:
+        p.grad = torch.zeros_like(p) if p.grad is None or not items else p.grad * items
+    own = [p.grad for p in weights] + buffers
+    flags = totals.new_tensor([failed, state.stop])
+    dtype, parts = weights[0].dtype, [tensor.flatten() for tensor in [*own, totals, flags]]
+    message = utils.all_reduce(torch.cat([part.to(dtype) for part in parts]))
+    *received, sums, flags = message.split([len(part) for part in parts])
+    totals = sums.view_as(totals).to(totals.dtype)
+    divisors = [totals[1, 0].item() or 1.0] * len(weights) + [utils.world()[1]] * len(buffers)
+    for tensor, total, divisor in zip(own, received, divisors):
+        tensor.copy_(total.view_as(tensor) / divisor)
+    failed, state.stop = flags.bool().tolist()
+    return totals, failed
+
+
+# --------------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
-def apply(model, batches, prepare, dtype=torch.float32, weights=None, views=None):
-    """Yields (outputs, targets) of `model` in eval mode for batches (images, targets, index); see `evaluate`."""
+def outputs_of(model, batches, prepare=None, dtype=torch.float32, weights=None, views=None):
+    """Yields (outputs, targets) of `model` in eval mode for each batch; see `evaluate`."""
     training = model.training
     model.eval()
-    call = model if weights is None else lambda inputs: functional_call(model, weights, (inputs,))
     try:
         for images, targets, _ in batches:
+            inputs, outputs = prepare(images) if prepare else images, 0.0
             with autocast(images.device, dtype):
-                outputs = predict(call, prepare(images), views)
+                for view, weight in views(inputs) if views else [(inputs, 1)]:
+                    part = functional_call(model, weights or {}, (view,))
+                    outputs = outputs + part.to(torch.promote_types(part.dtype, torch.float32)) * weight
             yield outputs, targets
     finally:
         model.train(training)
 
 
-def evaluate(model, batches, task, prepare, dtype=torch.float32, weights=None, views=None):
-    """{"loss": …, metric: …} of `model` in eval mode over batches (images, targets, index), each item once.
-
-    `weights` (a state dict, such as the EMA) stand in for the model's own, which stay as they are.
-    `views` is test-time augmentation, as of `predict`.
-    """
-    return total(apply(model, batches, prepare, dtype, weights, views), task)
-
-
 @torch.inference_mode()
-def total(pairs, task):
-    """{"loss": …, metric: …} of (outputs, targets) of all processes, each item once."""
-    sums = None
+def sum_totals(pairs, task):
+    """The sum of `batch_totals` over pairs (outputs, targets), on the CPU."""
+    totals = zero_totals(task, torch.device("cpu"))
     for outputs, targets in pairs:
-        found = Sums(task.loss(outputs, targets), task.items(targets), *task.measure(outputs, targets))
-        sums = (no_sums(task, outputs.device) if sums is None else sums).plus(found)
-    cpu = torch.device("cpu")
-    sums = sums or no_sums(task, cpu)
-    if utils.world()[1] > 1:
-        sums, _ = over_all(Sums(*(torch.as_tensor(part).cpu() for part in sums)), task, cpu)
-    return means(sums, task)
+        loss = task.loss(outputs, targets)
+        totals += batch_totals(task, loss, task.items(targets), outputs, targets).cpu()
+    return totals
 
 
-def predict(model, inputs, views=None):
-    """The outputs of `model` for a batch, at least float32.
+def means(totals, task):
+    """{"loss": ..., metric: ...} of totals; NaN where no item was counted.
 
-    `views(inputs)` gives (view, weight, restore): outputs of the views, each restored to those of the inputs, are
-    averaged (test-time augmentation).
+    A metric with a denominator of its own, such as the solve rate of hard boards, is left out where
+    that is 0.
     """
-    wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
-    if views is None:
-        return wide(model(inputs))
-    return sum(restore(wide(model(view))) * weight for view, weight, restore in views(inputs))
+    numerators, denominators = totals.tolist()
+    named = zip(("loss", *task.metrics), numerators, denominators)
+    return {name: n / d if d else math.nan for name, n, d in named if d or not denominators[0]}
 
 
-def set_rates(optimizer, lr, momentum=None):
-    """Mutates the optimizer: the rate, and the momentum (beta1 of Adam) where one is given."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if momentum is not None and "betas" in group:
-            group["betas"] = (momentum, group["betas"][1])
-        elif momentum is not None:
-            group["momentum"] = momentum
+def evaluate(model, batches, task, prepare=None, dtype=torch.float32, weights=None, views=None):
+    """{"loss": ..., metric: ...} of `model` in eval mode over batches (images, targets, index).
 
-
-# ------------------------------------------------------------------------------------------- fit
-
-
-def windows(batches, size):
-    """The batches in lists of up to `size`; the last may be shorter."""
-    batches = iter(batches)
-    while window := list(itertools.islice(batches, size)):
-        yield window
-
-
-def shared_windows(fetch, pieces, size):
-    """(window, how many of its batches count, samples in it over all processes) of this process.
-
-    A window takes `size` of the pieces, lists of indices, in each process.
+    `prepare(images)` makes the model's inputs. `weights`, a state dict such as the EMA, replace the
+    model's own during the call. `views(inputs)` gives (view, weight) pairs whose outputs are
+    averaged: test-time augmentation.
     """
-    rank, ranks = utils.world()
-    for i, window in enumerate(windows(fetch(data.share(pieces, rank, ranks)), size)):
-        of_all = pieces[i * size * ranks : (i + 1) * size * ranks]
-        yield window, len(of_all[rank::ranks]), sum(map(len, of_all))
+    return means(sum_totals(outputs_of(model, batches, prepare, dtype, weights, views), task), task)
 
 
-def fit(state, run, stop=()):
-    """Mutates `state`: train it to the end of the run, or until `stop` holds a signal; the exit status.
+# ---------------------------------------------------------------------------------------- fit
 
-    `run` holds the pieces that `prepare_run` put together. Every epoch ends in a row of metrics.csv, a
-    line of the log, best.pt where the monitored metric gained, and last.pt.
-    """
-    config, task, log, folder = run.config, run.task, run.log, run.folder
-    monitor, higher = config["monitor"], utils.higher_is_better(config["monitor"])
-    rank, ranks = utils.world()
-    track = utils.trackers(folder, config, config["tensorboard"], config["wandb"]) if rank == 0 else []
 
-    loss = f"{monitor.split('_')[0]}_loss"
-    scored = lambda: [row for row in state.history if loss in row]  # the epochs that ended in a validation
+@dataclass
+class Run:
+    """The parts of one run, put together by `prepare` and `open_run`."""
 
-    def monitored(tie=0.0):  # NaN where none of its puzzles was there
-        sign = -tie if higher else tie
-        return [row.get(monitor, math.nan) + (sign * row[loss] if tie else 0.0) for row in scored()]
+    args: argparse.Namespace
+    task: Task
+    device: torch.device
+    dtype: torch.dtype
+    source: data.Data
+    meta: dict  # what makes a checkpoint usable alone
+    fetch: dict  # split -> function of an order, or of a list of batches of indices, to batches
+    steps_per_epoch: int
+    flags: dict = field(default_factory=dict)  # as they were asked for and as they were settled
+    folder: Path = RUNS
+    log: Callable = print
+    stop: list = field(default_factory=list)  # the signals received
+    trackers: list = field(default_factory=list)
 
-    def write(name, checkpoint):
-        try:
-            if rank == 0:
-                utils.save_checkpoint(folder / name, {**checkpoint, "meta": run.meta})
-        except ValueError as error:
-            raise FloatingPointError(f"{error}; try a new run with a lower --lr") from None
 
-    def save():
-        write("last.pt", {**state.to_checkpoint(), "config": config})
-
-    def export(name, weights, row):
-        write(name, {"model": weights, "step": state.step, "epoch": state.epoch, "metrics": row})
-
-    def stopped(where):
-        save()
-        log(f"stopped {where}; go on with: python train.py --resume {folder.name}")
-        return 128 + (stop or [signal.SIGTERM])[0]
-
+def fit(state, run):
+    """Mutates `state`: trains it to the end of the run or until a signal; the exit status."""
     while not state.finished:
-        epoch, count = state.epoch, len(run.train)
-        cuts = 0
-        if config["scheduler"] == "plateau":
-            cuts = plateau_cuts(monitored(), config["scheduler_patience"], higher, config["min_delta"])
-        pieces = data.chunks(run.order(epoch), config["batch_size"])
-        start = state.epoch_step * config["accumulation_steps"] * ranks
-        if state.sums is None:
-            state.sums = no_sums(task, run.device)
-        usual = 0.0  # seconds of a step, smoothed
-        began, shown_at = time.perf_counter() - state.seconds, 0.0
-        bar = tqdm(
-            desc=f"epoch {epoch + 1}/{config['epochs']}", total=count, initial=sum(map(len, pieces[:start])),
-            unit=task.unit, leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5,
-            disable=config["quiet"] or rank > 0,
-        )  # fmt: skip
-        augment = lambda *batch: run.augment(*batch, epoch)
-        freeze(state, epoch < config["freeze_epochs"])
-        shared = shared_windows(run.fetch_train, pieces[start:], config["accumulation_steps"])
-        with contextlib.closing(bar):
-            for window, counted, samples in shared:
-                state.stop = bool(stop)
-                set_rates(state.optimizer, *run.schedule(state.step, cuts))
-                step_began, micro_batch = time.perf_counter(), state.micro_batch
-                sums, norm, good = train_step(
-                    state, window, task, augment, run.dtype, config["clip_grad_norm"], config["ema_decay"],
-                    seed=data.mix(config["seed"], state.step, rank),  # dropout = f(seed, step, rank)
-                    sam_rho=config["sam_rho"], counted=counted,
-                )
-                if state.micro_batch != micro_batch:
-                    log(f"step {state.step}: out of memory, so done again; from here on {state.micro_batch} at once")
-                if good:
-                    state.sums = state.sums.plus(sums)
-                    state.gradient_norm += (norm - state.gradient_norm) * (0.05 if state.gradient_norm else 1.0)
-                elif state.bad_in_a_row >= MAX_BAD_STEPS:
-                    raise FloatingPointError(f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not finite; try "
-                                             "a new run with a lower --lr, --clip_grad_norm 1.0 or --amp False")
-                state.epoch_step += 1
-                now = time.perf_counter()
-                state.seconds = now - began
-                if state.stop if ranks > 1 else stop:  # among several, what all agreed on in the step
-                    return stopped(f"at step {state.step}")
-                if config["save_every"] and state.step % config["save_every"] == 0:
-                    save()
-                bar.update(samples)  # after the save: the terminal may be gone
-                if track and state.step % TRACK_EVERY == 0:
-                    lr = state.optimizer.param_groups[0]["lr"]
-                    values = {"step_loss": (sums.loss / sums.items).item(), "step_lr": lr, "step_gradient_norm": norm}
-                    for tracker in track:
-                        tracker(state.step, values)
-                usual, slow = slow_step(usual, now - step_began)
-                if slow and run.device.type != "cpu":
-                    log(f"warning: step {state.step} took {now - step_began:.1f} s, others {usual:.2f} s: memory may "
-                        "have spilled into the system's; give --memory_gb or a smaller --batch_size")  # fmt: skip
-                if not bar.disable and now - shown_at > bar.mininterval:  # reading the sums waits for the device
-                    shown_at = now
-                    bad = [f"{state.bad_steps} bad steps"] * bool(state.bad_steps)
-                    found = means(state.sums, task)
-                    form = {"loss": "loss {:.3f}", task.monitor: task.shown.get(task.monitor, "loss {:.3f}")}
-                    parts = [form[name].format(found[name]) for name in form if name in found]
-                    bar.set_postfix_str(", ".join(parts + bad), refresh=False)
-
-        train, seconds = means(state.sums, task), state.seconds
-        row = {"epoch": epoch + 1, "step": state.step, **{f"train_{k}": v for k, v in train.items()}}
-        whole = validates(epoch + 1, config["epochs"], config["val_every"])
-        scored_pieces = data.chunks(run.val_order if whole else run.val_sample, 2 * config["batch_size"])
-        averaged = None  # with its statistics, where there is a mean of weights to score
-        if state.swa is not None and epoch + 1 >= config["swa_start_epoch"]:
-            if state.swa.n_averaged < epoch + 2 - config["swa_start_epoch"]:  # not so where validation was stopped
-                state.swa.update_parameters(state.model)
-            averaged = recompute_statistics(state, run, epoch, stop) if whole else None
-        kinds = {"val": (state.model, None), "ema": (state.ema and state.model, state.ema), "swa": (averaged, None)}
-        for name, (model, weights) in kinds.items():
-            if run.fetch_val and len(scored_pieces[0]) and model is not None:
-                most = state.micro_batch and 2 * state.micro_batch
-                batches = itertools.takewhile(lambda batch: not stop, run.fetch_val(scored_pieces[rank::ranks]))
-                batches = (part for batch in batches for part in split([batch], most))
-                found = evaluate(model, batches, task, run.prepare, run.dtype, weights)
-                row.update({f"{name if whole else name + '_sample'}_{k}": v for k, v in found.items()})
-        if utils.any_of_all(stop):  # the validation is not whole: it is done again
-            return stopped(f"in the validation of epoch {epoch + 1}")
-        state.epoch, state.epoch_step, state.sums, state.seconds = epoch + 1, 0, None, 0.0
-        rate = state.optimizer.param_groups[0]["lr"]  # of the last step
-        row.update(lr=rate, gradient_norm=state.gradient_norm, seconds=seconds, samples_per_second=count / seconds)
-        row.update(bad_steps=state.bad_steps)
-        state.history.append(row)
-        # a NaN is never a gain: comparisons with it are False; of equal epochs the one with the lower loss is best
-        since = epochs_since_best(monitored(tie=1e-9), higher) if loss in row else -1
-        if since == len(monitored()):
-            raise FloatingPointError(f"epoch {epoch + 1}: {monitor} was never finite; try a new run with a lower --lr")
-        patience_gone = config["early_stopping"] and config["early_stopping"] <= epochs_since_best(
-            monitored(), higher, config["min_delta"]
-        )
-        state.finished = bool(state.epoch == config["epochs"] or patience_gone)
-        if rank == 0 and since == 0 and not better(folder / "best.pt", monitor, higher, row):
-            model, weights = kinds.get(monitor.split("_")[0], (state.model, None))
-            export("best.pt", weights or model.state_dict(), row)
-        if state.ema is not None:
-            export("ema.pt", state.ema, row)
-        if averaged is not None:
-            export("swa.pt", averaged.state_dict(), row)
-        if rank == 0:
-            utils.write_csv(folder / "metrics.csv", state.history)
-        save()
-        for tracker in track:
-            tracker(state.step, {**{k: v for k, v in row.items() if k != "step"}, "samples": run.samples(state, run)})
-        log(epoch_line(row, task, config["epochs"], since == 0))
-        if patience_gone and state.epoch < config["epochs"]:
-            log(f"early stopping: {monitor} has not gained for {config['early_stopping']} epochs")
-        if not state.finished and utils.any_of_all(stop):
-            return stopped(f"after epoch {state.epoch}")
-
-    best = scored()[-1 - epochs_since_best(monitored(tie=1e-9), higher)]
-    value = f"{best[monitor]:.2%}" if higher else f"{best[monitor]:.4f}"
-    log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
-    if rank == 0 and utils.save_history(folder / "curves.png", state.history, task.monitor):
-        log(f"curves     {folder / 'curves.png'}")
-    if run.has_test or run.val:
-        others = [str(folder / f"{name}.pt") for name in ("ema", "swa") if (folder / f"{name}.pt").exists()]
-        log(f"evaluate   python train.py --evaluate {' '.join([str(folder / 'best.pt'), *others])}")
+        if not train_epoch(state, run):
+            return stopped(state, run, f"at step {state.step}")
+        row = validate(state, run)
+        if utils.any_process(run.stop):  # this validation is incomplete: resuming does it again
+            return stopped(state, run, f"in the validation of epoch {state.epoch + 1}")
+        close_epoch(state, run, row)
+        if not state.finished and utils.any_process(run.stop):
+            return stopped(state, run, f"after epoch {state.epoch}")
+    report_best(state, run)
     return 0
 
 
-def recompute_statistics(state, run, epoch, stop=()):
-    """Mutates `state.swa`: BatchNorm statistics of the mean weights, over the epoch's augmented data; its model."""
-    set_seed(data.mix(run.config["seed"], state.step, 1), run.device)  # dropout above a BatchNorm
-    batches = itertools.takewhile(lambda batch: not utils.any_of_all(stop), run.fetch_train(run.order(epoch)))
-    inputs = (run.augment(*batch, epoch)[0] for batch in batches)
-    with autocast(run.device, run.dtype):
-        update_bn(inputs, state.swa.module)
-    return state.swa.module
+def train_epoch(state, run):
+    """Mutates `state`: takes the remaining steps of its epoch. False where a signal stops it."""
+    args, task, (rank, ranks) = run.args, run.task, utils.world()
+    pieces = data.chunks(epoch_order(run, state.epoch), args.batch_size)
+    done, began = state.epoch_step * args.accumulation_steps * ranks, time.perf_counter()
+    began -= state.seconds
+    values, augment = monitored(state, run), partial(task.augment, epoch=state.epoch)
+    freeze(state, state.epoch < args.freeze_epochs)
+    if state.totals is None:
+        state.totals = zero_totals(task, run.device)
+    state.totals = state.totals.to(run.device)  # of a resumed run
+    title = f"epoch {state.epoch + 1}/{args.epochs}"
+    with utils.progress_bar(title, sum(map(len, pieces)), task.unit, args.quiet) as bar:
+        bar.update(sum(map(len, pieces[:done])))
+        windows = fetch_windows(run.fetch["train"], pieces[done:], args.accumulation_steps)
+        for window, samples in windows:
+            state.stop, micro_batch = bool(run.stop), state.micro_batch
+            models.set_rates(state.optimizer, *rates(args, state.step, run.steps_per_epoch, values))
+            seed = data.mix(args.seed, state.step, rank)
+            totals, norm, good = train_step(state, window, task, augment, run.dtype,
+                                            args.clip_grad_norm, args.ema_decay, seed, args.sam_rho)
+            state.epoch_step += 1
+            state.seconds = time.perf_counter() - began
+            if state.micro_batch != micro_batch:
+                run.log(f"step {state.step}: out of memory, done again; now {state.micro_batch} at once")
+            if good:
+                state.totals += totals
+                weight = 0.05 if state.gradient_norm else 1.0
+                state.gradient_norm += (norm - state.gradient_norm) * weight
+            elif state.bad_in_a_row >= MAX_BAD_STEPS:
+                raise FloatingPointError(f"step {state.step}: {MAX_BAD_STEPS} steps in a row were not "
+                                         "finite; try a new run with a lower --lr or --amp False")
+            if state.stop if ranks > 1 else run.stop:  # several processes agreed within the step
+                return False
+            if args.save_every and state.step % args.save_every == 0:
+                save(state, run)
+            if run.trackers and state.step % TRACK_EVERY == 0:
+                lr, loss = state.optimizer.param_groups[0]["lr"], means(totals, task)["loss"]
+                track(run, state, {"step_loss": loss, "step_lr": lr, "step_gradient_norm": norm})
+            bar.update(samples)  # after the save: the terminal may be gone
+            utils.show(bar, progress_text, state, task)
+    return True
 
 
-def better(path, monitor, higher, row):
-    """Whether weights at `path` have a better `monitor` than `row`: of an epoch that a crash made the run forget."""
-    try:
-        a, b = utils.load_checkpoint(path)["metrics"][monitor], row[monitor]
-        return a > b if higher else a < b
-    except (ValueError, KeyError, TypeError):  # none, or a damaged one
-        return False
+def epoch_order(run, epoch):
+    """int64 [N]: the order of the training samples in an epoch."""
+    return data.epoch_order(len(run.source.splits["train"]), run.args.seed, epoch)
+
+
+def fetch_windows(fetch, pieces, size):
+    """Yields (this process's batches, samples over all processes) of each window.
+
+    `pieces` are the batches of indices of all processes, of which each takes up to `size`.
+    """
+    rank, ranks = utils.world()
+    groups = [pieces[i : i + size * ranks] for i in range(0, len(pieces), size * ranks)]
+    batches = iter(fetch([piece for group in groups for piece in group[rank::ranks]]))
+    for group in groups:
+        yield list(itertools.islice(batches, len(group[rank::ranks]))), sum(map(len, group))
+
+
+def progress_text(state, task):
+    """The epoch's mean loss and main metric so far, for the bar."""
+    found, formats = means(state.totals, task), {**task.formats, "loss": "loss {:.3f}"}
+    parts = [formats[name].format(found[name]) for name in ("loss", task.monitor) if name in found]
+    return ", ".join(parts + [f"{state.bad_steps} bad steps"] * bool(state.bad_steps))
+
+
+def track(run, state, values):
+    for tracker in run.trackers:
+        tracker(state.step, values)
 
 
 def freeze(state, frozen):
-    """Mutates `state`: where `frozen` only the head, the last child of its model, is trained, the rest in eval mode."""
+    """Mutates `state`: where `frozen` only the head, its model's last child, is trained."""
     head = [state.model, *state.model.children()][-1]
-    state.model.train(not frozen)
+    state.model.train(not frozen)  # the frozen part keeps its BatchNorm statistics
     head.train()
     for p in state.parameters:
         p.requires_grad_(not frozen)
     for p in head.parameters():
         p.requires_grad_()
-    distribute(state)
 
 
-def validates(epoch, epochs, every):
-    """Whether epoch 1 … `epochs` ends in a validation; adaptive: each up to 10, every second up to 30, then third."""
-    every = (1 if epoch <= 10 else 2 if epoch <= 30 else 3) if every == "adaptive" else every
-    return epoch == epochs or epoch % every == 0
+def validate(state, run):
+    """Mutates `state.swa`. The epoch's row of metrics: of training and, if due, of validation."""
+    args, task, (rank, ranks), epoch = run.args, run.task, utils.world(), state.epoch + 1
+    every = args.val_every
+    if every == "adaptive":
+        every = 1 if epoch <= 10 else 2 if epoch <= 30 else 3
+    due = epoch == args.epochs or epoch % every == 0
+    row = {"epoch": epoch, "step": state.step}
+    row |= {f"train_{name}": value for name, value in means(state.totals, task).items()}
+    scored = {"val": (state.model, None)}
+    if state.ema is not None:
+        scored["ema"] = state.model, state.ema
+    if state.swa is not None and epoch >= args.swa_start_epoch:
+        if state.swa.n_averaged < epoch + 1 - args.swa_start_epoch:  # once, where done again
+            state.swa.update_parameters(state.model)
+        if due:
+            recompute_statistics(state, run)
+            scored["swa"] = state.swa.module, None
+    if not due or "val" not in run.fetch:
+        return row
+    order, size = torch.arange(len(run.source.splits["val"])), 2 * args.batch_size
+    for name, (model, weights) in scored.items():
+        batches = run.fetch["val"](data.chunks(order, size)[rank::ranks])
+        batches = itertools.takewhile(lambda batch: not run.stop, batches)
+        if state.micro_batch:
+            batches = (part for batch in batches for part in split([batch], 2 * state.micro_batch))
+        outputs = outputs_of(model, batches, task.prepare, run.dtype, weights)
+        totals = utils.all_reduce(sum_totals(outputs, task))
+        row |= {f"{name}_{metric}": value for metric, value in means(totals, task).items()}
+    return row
 
 
-def slow_step(usual, seconds):
-    """(smoothed seconds of a step, whether this one took over a second and ten times as long); it then stays out."""
-    slow = bool(usual) and seconds > max(1.0, 10 * usual)
-    return (usual if slow else 0.9 * usual + 0.1 * seconds if usual else seconds), slow
+def recompute_statistics(state, run):
+    """Mutates `state.swa`: BatchNorm's statistics become those of the mean weights."""
+    set_seed(data.mix(run.args.seed, state.step, 1), run.device)  # of dropout before a BatchNorm
+    batches = run.fetch["train"](data.chunks(epoch_order(run, state.epoch), run.args.batch_size))
+    batches = itertools.takewhile(lambda batch: not utils.any_process(run.stop), batches)
+    with autocast(run.device, run.dtype):
+        update_bn((run.task.augment(*batch, state.epoch)[0] for batch in batches), state.swa.module)
 
 
-def epoch_line(row, task, epochs, new_best):
-    """The log's line of one epoch, in ASCII."""
-    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for split in ("train", "val", "ema", "swa", "val_sample", "ema_sample"):
-        numbers = {name.removeprefix(f"{split}_"): value for name, value in row.items() if name.startswith(f"{split}_")}
-        numbers = {name: value for name, value in numbers.items() if not name.startswith("sample_")}
-        if numbers:
-            whole = split.startswith("ema" if "ema_loss" in row else "val")  # levels stand in metrics.csv alone
-            shown = {k: v for k, v in numbers.items() if (k in task.shown and whole) or k in ("loss", task.monitor)}
-            shown |= {k: v for k, v in numbers.items() if k.startswith(f"{task.monitor}_") and whole}
-            parts.append(f"{split.replace('_', ' ')} {metrics_line(shown, task)}")
-    parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {task.unit}/s", f"lr {row['lr']:.2e}"]
-    parts += [f"{row['bad_steps']} bad steps"] * bool(row["bad_steps"]) + ["new best"] * new_best
-    return " | ".join(parts)
+def monitored(state, run, tie=0.0):
+    """The monitored metric of each validation, negated where lower is better.
 
-
-def metrics_line(numbers, task):
-    """The loss and the metrics that `task.shown` formats, of {name: number}, with their levels where they have some."""
-    parts = []
-    for name, form in {"loss": "{:.4f}", **task.shown}.items():
-        if name in numbers:
-            levels = [f"{k[len(name) + 1 :]} {form.format(v)}" for k, v in numbers.items() if k.startswith(f"{name}_")]
-            parts.append(f"{name} {form.format(numbers[name])}" + f" ({', '.join(levels)})" * (len(levels) > 1))
-    return ", ".join(parts)
-
-
-@contextlib.contextmanager
-def catch_signals(gently=True):
-    """Gives a list that receives the number of SIGINT, SIGTERM or SIGHUP, for the loop to see; a second ends at once.
-
-    If not `gently`, the first one raises KeyboardInterrupt with its number.
+    `tie` times the loss is subtracted, so that of equal epochs the one with the lower loss is best.
     """
-    received = []
-
-    def handle(number, frame):
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        if not gently:
-            raise KeyboardInterrupt(number)
-
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    name, loss = run.args.monitor, run.args.monitor.split("_")[0] + "_loss"
+    sign = 1 if utils.higher_is_better(name) else -1
+    rows = [row for row in state.history if loss in row]
+    return [sign * row.get(name, math.nan) - (tie * row[loss] if tie else 0) for row in rows]
 
 
-# ------------------------------------------------------------------------------------- LR finder
+def epochs_since_best(values, min_delta=0.0):
+    """Validations since one exceeded all before it by over min_delta; 0 if the last one does."""
+    best, since = -math.inf, 0
+    for value in values:  # a NaN exceeds nothing
+        best, since = (value, 0) if value > best + min_delta else (best, since + 1)
+    return since
 
 
-def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoothing=0.95, divergence=4.0):
-    """A learning-rate range test (Smith 2017): one rate a step, exponentially from min_lr to max_lr.
+def close_epoch(state, run, row):
+    """Mutates `state`: completes the epoch, writes its files and logs its line."""
+    args, task, seconds = run.args, run.task, state.seconds
+    row |= {"lr": state.optimizer.param_groups[0]["lr"], "gradient_norm": state.gradient_norm,
+            "seconds": seconds, "samples_per_second": len(run.source.splits["train"]) / seconds,
+            "bad_steps": state.bad_steps}
+    state.history.append(row)
+    state.epoch, state.epoch_step, state.totals, state.seconds = state.epoch + 1, 0, None, 0.0
+    kind, values = args.monitor.split("_")[0], monitored(state, run, tie=1e-9)
+    since_best = epochs_since_best(values) if f"{kind}_loss" in row else -1
+    if since_best == len(values):
+        raise FloatingPointError(f"epoch {state.epoch}: {args.monitor} was never finite; try a new run "
+                                 "with a lower --lr")
+    waited = epochs_since_best(monitored(state, run), args.min_delta)
+    impatient = 0 < args.early_stopping <= waited
+    state.finished = impatient or state.epoch == args.epochs
+    weights = {"ema": state.ema, "swa": state.swa.module.state_dict() if "swa_loss" in row else None}
+    if since_best == 0 and not utils.holds_better(run.folder / "best.pt", args.monitor, row):
+        weights["best"] = weights.get(kind) or state.model.state_dict()
+    for name, tensors in weights.items():
+        if tensors:
+            save(state, run, f"{name}.pt", {"model": tensors, "epoch": state.epoch, "metrics": row})
+    if utils.world()[0] == 0:
+        utils.write_csv(run.folder / "metrics.csv", state.history)
+    save(state, run)
+    if run.trackers:
+        values = {name: value for name, value in row.items() if name != "step"}
+        track(run, state, {**values, "samples": samples_of(state, run)})
+    best = since_best == 0
+    run.log(utils.epoch_line(row, task.formats, task.monitor, task.unit, args.epochs, best))
+    if impatient and state.epoch < args.epochs:
+        run.log(f"early stopping: {args.monitor} has not improved for {args.early_stopping} epochs")
 
-    `next_window()` gives a window and `step(state, window)` trains on it, as `train_step` does. Stops
-    where the smoothed loss exceeds `divergence` times its least, or is not finite. Leaves model,
-    optimizer, scaler, EMA and random numbers as they were. Returns (rates, smoothed losses,
-    {"steepest", "valley", "minimum/10": rate}); ValueError where fewer than ten rates were finite.
+
+def save(state, run, name="last.pt", content=None):
+    """Writes `content`, or else the whole state and the flags, with the metadata to a file."""
+    content = content or {**state.to_checkpoint(), "flags": run.flags}
+    if utils.world()[0] == 0:
+        try:
+            content = {**content, "step": state.step, "meta": run.meta}
+            utils.save_checkpoint(run.folder / name, content)
+        except ValueError as error:
+            raise FloatingPointError(f"{error}; try a new run with a lower --lr") from None
+
+
+def stopped(state, run, where):
+    """Saves a run that a signal stopped; the exit status."""
+    save(state, run)
+    run.log(f"stopped {where}; go on with: python train.py --resume {run.folder.name}")
+    return 128 + (run.stop or [signal.SIGTERM])[0]
+
+
+def report_best(state, run):
+    """Logs the best epoch, draws the curves and names the command that evaluates the weights."""
+    monitor, folder = run.args.monitor, run.folder
+    rows = [row for row in state.history if monitor.split("_")[0] + "_loss" in row]
+    best = rows[-1 - epochs_since_best(monitored(state, run, tie=1e-9))]
+    value = f"{best[monitor]:.2%}" if utils.higher_is_better(monitor) else f"{best[monitor]:.4f}"
+    run.log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
+    curves = folder / "curves.png"
+    if utils.world()[0] == 0 and utils.save_history(curves, state.history, run.task.monitor):
+        run.log(f"curves     {curves}")
+    if len(run.source.splits) > 1:
+        files = [folder / f"{name}.pt" for name in ("best", "ema", "swa")]
+        names = " ".join(str(file) for file in files if file.exists())
+        run.log(f"evaluate   python train.py --evaluate {names}")
+
+
+# ---------------------------------------------------------------------------------- LR finder
+
+
+def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoothing=0.95,
+            divergence=4.0):
+    """A learning-rate range test (Smith 2017, arXiv:1506.01186): one rate a step, exponentially.
+
+    `next_window()` gives a window and `step(state, window)` trains on it, as `train_step` does. The
+    test stops where the smoothed loss exceeds `divergence` times its least value or is not finite.
+    The state and the random generators are afterwards as before. Returns (rates, smoothed losses,
+    {"steepest", "valley", "minimum/10": rate}). ValueError if fewer than ten losses were finite.
     """
-    rates, losses, average = [], [], 0.0
+    tried, losses, average = [], [], 0.0
     with preserved(state):
         state.model.train()
         for _ in range(steps + MAX_BAD_STEPS):
-            if len(rates) == steps:
+            if len(tried) == steps:
                 break
-            rate = min_lr * (max_lr / min_lr) ** (len(rates) / (steps - 1))
-            set_rates(state.optimizer, rate)
-            sums, _, good = step(state, next_window())
-            loss = (sums.loss / sums.items).item()
+            rate = min_lr * (max_lr / min_lr) ** (len(tried) / (steps - 1))
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            totals, _, good = step(state, next_window())
+            loss = (totals[0, 0] / totals[1, 0]).item()
             if not good and math.isfinite(loss) and state.scaler.is_enabled():
-                continue  # an fp16 overflow, which halves the scale: the same rate again
+                continue  # fp16 overflowed and its scale was halved: the same rate again
             average = smoothing * average + (1 - smoothing) * loss
-            smoothed = average / (1 - smoothing ** (len(rates) + 1))
-            if not good or not math.isfinite(smoothed) or (losses and smoothed > divergence * min(losses)):
+            smoothed = average / (1 - smoothing ** (len(tried) + 1))
+            limit = divergence * min(losses, default=math.inf)
+            if not (good and math.isfinite(smoothed) and smoothed <= limit):
                 break
-            rates.append(rate)
+            tried.append(rate)
             losses.append(smoothed)
-    if len(rates) < 10:
-        raise ValueError(f"--find_lr: the loss diverged after {len(rates)} rates from {min_lr:g}; check data and model")
-    return rates, losses, suggest_lr(rates, losses)
+    if len(tried) < 10:
+        raise ValueError(f"--find_lr: the loss diverged after {len(tried)} rates from {min_lr:g}; "
+                         "check data and model")
+    return tried, losses, suggest_lr(tried, losses)
 
 
 @contextlib.contextmanager
 def preserved(state):
-    """Model, optimizer, scaler, EMA, counters and random numbers leave the block as they entered it."""
+    """Mutates `state` back: it and the random generators leave the block as they entered it."""
     saved = copy.deepcopy(state.to_checkpoint())
-    rng = torch.get_rng_state(), (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    try:
-        yield
-    finally:
-        undo(state, [])
-        state.load(saved)
-        torch.set_rng_state(rng[0])
-        if rng[1]:
-            torch.cuda.set_rng_state_all(rng[1])
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            restore(state, [])
+            state.load(saved)
 
 
-def suggest_lr(rates, losses):
-    """Rates by three rules: steepest slope over log rate; two thirds along the longest descent; least loss / 10."""
-    slopes = torch.gradient(torch.tensor(losses).double(), spacing=(torch.tensor(rates).double().log(),))[0]
-    # the longest decreasing subsequence (fastai's valley), by its length and the place where it starts
-    longest = [(1, i) for i in range(len(losses))]
-    for i in range(len(losses)):
-        for j in range(i):
-            if losses[i] < losses[j] and longest[i][0] <= longest[j][0] + 1:  # of equal ones the latest
-                longest[i] = (longest[j][0] + 1, longest[j][1])
+def suggest_lr(tried, losses):
+    """{rule: rate}: the steepest descent over log(rate), fastai's valley, the minimum / 10.
+
+    The valley lies two thirds along the longest decreasing subsequence of the losses.
+    """
+    log_rates, lowest = np.log(tried), int(np.argmin(losses))
+    slopes = np.gradient(losses, log_rates)[: lowest + 1]  # before the loss blows up
+    longest = []  # (length, start) of the decreasing subsequence that ends at each loss
+    for i, loss in enumerate(losses):
+        before = [(longest[j][0] + 1, j, longest[j][1]) for j in range(i) if loss < losses[j]]
+        length, _, start = max(before, default=(1, i, i))  # the latest of equally long ones
+        longest.append((length, start))
     end = max(range(len(losses)), key=lambda i: longest[i][0])
-    begin = longest[end][1]
-    return {
-        "steepest": rates[int(slopes[: losses.index(min(losses)) + 1].argmin())],  # not a dip of the blow-up
-        "valley": rates[begin + round((end - begin) * 2 / 3)],
-        "minimum/10": rates[losses.index(min(losses))] / 10,
-    }
+    valley = longest[end][1] + round((end - longest[end][1]) * 2 / 3)
+    return {"steepest": tried[int(slopes.argmin())], "valley": tried[valley],
+            "minimum/10": tried[lowest] / 10}
 
 
-def sweep(state, run):
-    """Run `find_lr` on the real windows and report it; the rate it would take."""
-    size, seed = run.config["accumulation_steps"], run.config["seed"]
+def lr_sweep(state, run):
+    """The range test on the run's own windows, logged; the rate in the valley.
+
+    With --find_lr its curve is written as CSV and, with matplotlib, as a picture.
+    """
+    args = run.args
 
     def endless():
         for epoch in itertools.count():
-            pieces = data.chunks(data.epoch_order(len(run.train), seed, epoch), run.config["batch_size"])
-            for window, counted, _ in shared_windows(run.fetch_train, pieces, size):
-                yield epoch, window, counted
-
-    source = endless()
-    bar = tqdm(
-        total=100, desc="find_lr", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 5,
-        disable=run.config["quiet"] or utils.world()[0] > 0,
-    )  # fmt: skip
+            pieces = data.chunks(epoch_order(run, epoch), args.batch_size)
+            for window, _ in fetch_windows(run.fetch["train"], pieces, args.accumulation_steps):
+                yield window, partial(run.task.augment, epoch=epoch)
 
     def step(state, item):
-        epoch, window, counted = item
         bar.update()
-        augment = lambda *batch: run.augment(*batch, epoch)
-        return train_step(state, window, run.task, augment, run.dtype, run.config["clip_grad_norm"],
-                          sam_rho=run.config["sam_rho"], counted=counted)  # fmt: skip
+        return train_step(state, *item[:1], run.task, item[1], run.dtype, args.clip_grad_norm,
+                          sam_rho=args.sam_rho)
 
-    with contextlib.closing(bar):
-        rates, losses, found = find_lr(state, lambda: next(source), step)
-    for line in utils.text_plot(rates, losses, [found["valley"]]):
-        run.log(line)
-    run.log("find_lr    " + ", ".join(f"{name} {rate:.2e}" for name, rate in found.items()))
-    verb = "takes" if run.config["lr"] == "auto" else "would take"
-    run.log(f"find_lr    {verb} the valley: --lr {found['valley']:.2e}")
-    return rates, losses, found
-
-
-# ------------------------------------------------------------------------------- model families
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between kinds of data: functions of the config, of the `Data` and of a checkpoint's metadata."""
-
-    load: Callable  # (config) -> Data
-    check: Callable  # (config, source): sets what the config left open, ValueError for what does not fit
-    arguments: Callable  # (config, source) -> the model's arguments
-    task: Callable  # (config) -> Task
-    prepare: Callable  # (meta, memory_format) -> function of a batch -> the model's input
-    augment: Callable  # (config, meta, memory_format) -> function of (batch, targets, index, epoch) -> both to train on
-    views: Callable  # (inputs) -> (view, weight, restore) …, for test-time augmentation
-    order: Callable  # (config, split) -> function of the epoch -> the order of its samples
-    flags: tuple  # those that only this kind of data knows
-    to_score: Callable  # (config, given flags) -> (Data, the name of the split that --evaluate scores, or None)
-    report: Callable  # ((outputs, targets) of batches, task) -> ({metric: value}, what pictures are drawn from)
-    predict: Callable  # (model, meta, device, dtype, config) -> exit status, after printing and writing
-    samples: Callable  # (state, run) -> a picture or a text for the trackers
-    optimizer: str
+    with utils.progress_bar("find_lr", 100, "step", args.quiet) as bar:
+        tried, losses, suggestions = find_lr(state, partial(next, endless()), step)
+    run.log("find_lr    " + ", ".join(f"{name} {lr:.2e}" for name, lr in suggestions.items()))
+    verb = "takes" if args.lr == "auto" else "would take"
+    run.log(f"find_lr    {verb} the valley: --lr {suggestions['valley']:.2e}")
+    if args.find_lr and utils.world()[0] == 0:
+        path = Path(args.output or RUNS / f"{run.folder.name}-find_lr.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_csv(path, [{"lr": lr, "loss": loss} for lr, loss in zip(tried, losses)])
+        drawn = utils.save_curve(path.with_suffix(".png"), tried, losses, suggestions)
+        run.log(f"curve      {path}, as a picture {'beside it' if drawn else 'with matplotlib'}")
+    return suggestions["valley"]
 
 
-def image_task(config):
+# ------------------------------------------------------------------------------ kinds of data
+
+
+def make_task(args, meta, memory_format):
+    """The `Task` of the model that the metadata names: puzzles or images."""
+    percent, number = "{:.2%}", "{:.3f}"
+    if meta["model"] == "sudoku_gnn":
+        return Task(
+            loss=partial(models.sudoku_loss, focal_gamma=args.focal_gamma),
+            items=lambda labels: (labels[:, :81] > 0).sum(),
+            measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, monitor="solve_rate",
+            formats={"solve_rate": percent, "cell_accuracy": percent, "violations": "{:.2f}",
+                     "confidence": number, "entropy": number},
+            unit="boards", augment=unchanged,  # the network is equivariant to every symmetry
+        )
     return Task(
-        loss=lambda logits, labels: models.image_loss(logits, labels, config["label_smoothing"], config["focal_gamma"]),
-        measure=utils.image_metrics, metrics=("accuracy",), monitor="accuracy", shown={"accuracy": "{:.2%}"},
-        unit="images",
-    )  # fmt: skip
-
-
-def load_images(config):
-    keys = ("image_size", "val_fraction", "max_samples", "seed", "cache_dir")
-    return data.load(config["data"], **{key: config[key] for key in keys})
-
-
-def held_out(config, given):
-    source = load_images(config)
-    return source, next((name for name in ("test", "val") if name in source.splits), None)
-
-
-def check_images(config, source):
-    """Mutates `config`: the flip where it is open; ValueError where a flag does not fit the images."""
-    size, channels = source.image_size, source.splits["train"].images.shape[-1]
-    least = 32 if config["model"] == "efficientnet_b0" else 24
-    if size < least:
-        raise ValueError(f"--image_size {size}: {config['model']} needs {least} px; give --image_size {least} or more")
-    if config["batch_size"] == 1 and size <= 32 and config["model"] == "efficientnet_b0":
-        raise ValueError("--batch_size 1: BatchNorm needs two values a channel at 32 px; give --batch_size 2 or more")
-    for flag in ("widths", "depths", "whiten"):
-        if config[flag] and config["model"] != "custom":
-            raise ValueError(f"--{flag}: is for custom, the model is {config['model']}; leave it out")
-    for flag in ("crop_padding", "cutout"):
-        if config[flag] >= size:
-            raise ValueError(f"--{flag} {config[flag]}: must be below the image size, {size}")
-    config["flip"] = channels >= 3 if config["flip"] is None else config["flip"]
-
-
-def image_augment(config, meta, memory_format):
-    settings = [config[name] for name in ("crop_padding", "flip", "min_crop_area", "cutout")]
-    mixing = {name: config[name] for name in ("mixup", "cutmix") if config[name]}
-
-    def augment(images, labels, index, epoch):
-        x = data.augment(images, index, config["seed"], epoch, meta["image_size"], meta["mean"], meta["std"], *settings)
-        if mixing:
-            x, labels = data.mix_samples(x, labels, index, config["seed"], epoch, meta["num_classes"], **mixing)
-        return x.contiguous(memory_format=memory_format), labels
-
-    return augment
-
-
-def image_centre(meta, memory_format):
-    def prepare(images):
-        x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
-        return x.contiguous(memory_format=memory_format)
-
-    return prepare
-
-
-def image_report(pairs, task):
-    """`utils.classification_report`, and (probabilities float32 [N, K], labels [N]) that pictures are drawn from."""
-    logits, labels = (torch.cat(column) for column in zip(*pairs))
-    loss = models.image_loss(logits, labels).item() / len(labels)  # probabilities of float32 end at 1e-38
-    p, labels = logits.float().softmax(1).numpy(), labels.numpy()
-    return {"loss": loss, **utils.classification_report(p, labels)}, (p, labels)
-
-
-def image_samples(state, run):
-    """uint8 [H, W, 3]: up to 16 training images in rows of four, as the augmentation of the epoch made them."""
-    batch = next(iter(run.fetch_train(run.order(state.epoch - 1)[:16])))
-    x, _ = run.augment(*batch, state.epoch - 1)
-    mean, std = (torch.tensor(run.meta[name], device=x.device)[:, None, None] for name in ("mean", "std"))
-    x = utils.displayable(((x * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu())
-    x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])])
-    return torch.cat([torch.cat(list(row), 1) for row in x.split(4)]).numpy()
-
-
-def predict_images(model, meta, device, dtype, config):
-    """Classes of the pictures of --input, printed and written to --output; 1 where some could not be read."""
-    if config["search"]:
-        raise ValueError("--search: is for puzzles; leave it out")
-    paths, classes, rows, broken = data.find_pictures(*config["input"]), meta["classes"], [], []
-    prepare = image_centre(meta, pick_memory_format(config["channels_last"], device))
-    views, size = data.image_views if config["tta"] else None, scoring_batch(config)
-    if meta["in_channels"] not in (1, 3):
-        raise ValueError(f"--predict: pictures have 1 or 3 channels, the checkpoint {meta['in_channels']}")
-    silent = config["quiet"] or len(paths) <= size or None
-    bar = tqdm(total=len(paths), desc="predict", unit="images", leave=False, disable=silent)
-    with contextlib.closing(bar):
-        for part, images, errors in data.decode_pictures(paths, meta["stored_size"], meta["in_channels"], size):
-            batches = [(torch.from_numpy(images).to(device), None, None)] if part else []
-            for logits, _ in apply(model, batches, prepare, dtype, views=views):
-                p, chosen = logits.float().softmax(1).cpu().topk(min(5, len(classes)))
-                for path, values, places in zip(part, p.tolist(), chosen.tolist()):
-                    top = [{"class": classes[k], "probability": value} for k, value in zip(places, values)]
-                    rows.append({"file": str(path), **top[0], "top5": top})
-            broken += [{"file": str(path), "error": str(error)} for path, error in errors]
-            bar.update(len(part) + len(errors))
-    for row in rows[:MOST_SHOWN]:
-        print(f"{row['file']}: " + ", ".join(f"{top['class']} {top['probability']:.1%}" for top in row["top5"]))
-    if len(rows) > MOST_SHOWN:
-        print(f"... and {len(rows) - MOST_SHOWN:,} more" + "; --output FILE holds all" * (not config["output"]))
-    for row in broken:
-        print(f"error: {row['error']}", file=sys.stderr)
-    if config["output"]:
-        if Path(config["output"]).suffix == ".csv":
-            flat = lambda top: {f"{name}{i + 1}": v for i, one in enumerate(top) for name, v in one.items() if i}
-            rows = [{"file": row["file"], **row["top5"][0], **flat(row["top5"])} for row in rows]
-        write = utils.write_json if Path(config["output"]).suffix == ".json" else utils.write_csv
-        write(config["output"], rows + broken)
-    unread = f", {len(broken):,} could not be read" * bool(broken)
-    print(f"{len(rows):,} of {len(paths):,} pictures{unread}" + f", in {config['output']}" * bool(config["output"]))
-    return int(bool(broken))
-
-
-def shuffled(config, split):
-    return lambda epoch: data.epoch_order(len(split), config["seed"], epoch)
-
-
-def image_arguments(config, source):
-    if config["model"] != "custom":
-        return {}
-    shape = {name: [int(n) for n in config[name].split(",")] for name in ("widths", "depths") if config[name]}
-    return {"stem_stride": models.stem_stride_for(source.image_size), **shape, "whiten": config["whiten"]}
-
-
-IMAGES = Family(
-    load=load_images, to_score=held_out, check=check_images, task=image_task, prepare=image_centre,
-    augment=image_augment, views=data.image_views, order=shuffled, arguments=image_arguments,
-    flags=("image_size", "crop_padding", "flip", "min_crop_area", "cutout", "label_smoothing", "pretrained", "widths",
-           "depths", "whiten", "mixup", "cutmix", "freeze_epochs"),
-    optimizer="adamw", report=image_report, predict=predict_images, samples=image_samples,
-)  # fmt: skip
-
-
-def sudoku_task(config):
-    gamma, constraint = config["focal_gamma"], config["constraint_weight"]
-    return Task(
-        loss=lambda logits, labels: models.sudoku_loss(logits, labels[:, :81], gamma, constraint),
-        measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, items=lambda labels: (labels[:, :81] > 0).sum(),
-        monitor="solve_rate", unit="boards",
-        shown={"solve_rate": "{:.2%}", "cell_accuracy": "{:.2%}", "violations": "{:.2f}", "confidence": "{:.3f}",
-               "entropy": "{:.3f}"},
-    )  # fmt: skip
-
-
-def load_puzzles(config):
-    return data.load_sudoku(*(config[key] for key in ("data", "val_fraction", "max_samples", "seed", "cache_dir")))
-
-
-def puzzles_to_score(config, given):
-    """A puzzle file of --data is scored whole; else the run's own test or val split."""
-    if "data" not in given or os.path.isdir(os.path.expanduser(given["data"])):
-        source = load_puzzles(config)
-        return source, next((name for name in ("test", "val") if name in source.splits), None)
-    return load_puzzles({**config, "val_fraction": 0.0, "max_samples": 0}), "train"
-
-
-def puzzle_order(config, split):
-    if not config["curriculum"]:
-        return shuffled(config, split)
-    return lambda epoch: data.curriculum_order(split.labels[:, 81], config["seed"], epoch, config["epochs"])
-
-
-def predict_puzzles(model, meta, device, dtype, config):
-    """Solve the puzzles of --input with a Sudoku network: boards and verdicts printed, written to --output."""
-    path, output = Path(config["input"][0]), config["output"]
-    if len(config["input"]) > 1 or not path.is_file():
-        raise ValueError(f"--input {' '.join(config['input'])}: is no file; give a file of puzzles")
-    if path.suffix.lower() in data.IMAGE_SUFFIXES:
-        raise ValueError(f"--input {path}: is a picture; name the checkpoint that it is for: --predict CKPT")
-    puzzles, _ = data.read_sudoku(path, with_solutions=False)
-    if output:
-        data.sudoku_text(Path(output).suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
-    views = data.sudoku_views if config["tta"] else None
-    answers, solved, alone, led, unled, text = np.zeros_like(puzzles), 0, 0, 0, 0, []
-    silent = config["quiet"] or len(puzzles) <= 64 or None
-    bar = tqdm(total=len(puzzles), desc="predict", unit="boards", leave=False, disable=silent)
-    with contextlib.closing(bar):
-        for start in range(0, len(puzzles), 2048):  # bounds the memory of millions
-            part = puzzles[start : start + 2048]
-            p = probabilities(model, torch.from_numpy(part), device, dtype, bar, views)
-            boards = p.argmax(2).astype(np.uint8) + 1
-            good = own = data.consistent(boards)  # all cells are filled and clues kept, so that the rules decide
-            verdicts = np.where(own, "solved", "not solved").astype(object)
-            if config["search"]:
-                solutions, number, guesses = data.solve(part, p, max_guesses=MAX_GUESSES)
-                _, _, plain = data.solve(part, max_guesses=MAX_GUESSES)
-                good, led, unled = number == 1, led + guesses.sum(), unled + plain.sum()
-                boards[number > 0] = solutions[number > 0]
-                verdicts = np.where(own, "solved by the network alone", "solved by search").astype(object)
-                verdicts[number == 0], verdicts[number > 1] = "impossible: no solution", "ambiguous: several solutions"
-                verdicts[number < 0] = "undecided: too many guesses"
-                boards[number < 1] = part[number < 1]
-                verdicts += [f", {a:,} guesses, {b:,} without the network" for a, b in zip(guesses, plain)]
-            answers[start : start + len(part)] = np.where(good[:, None], boards, 0)
-            solved, alone = solved + good.sum(), alone + (good & own).sum()
-            for i in range(max(0, min(len(part), MOST_SHOWN - start))):
-                text += [f"puzzle {start + i + 1}: {verdicts[i]}", *board_lines(boards[i], part[i]), ""]
-    if output:
-        utils.write_atomic(output, data.sudoku_text(Path(output).suffix, puzzles, answers).encode())
-    if len(puzzles) > MOST_SHOWN:
-        text.append(f"... and {len(puzzles) - MOST_SHOWN:,} more; --output FILE holds what was solved of all\n")
-    steps = meta["arguments"]["message_steps"]
-    written = f", in {output}" * bool(output)
-    text.append(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in {steps} steps{written}")
-    if config["search"]:
-        text.append(f"guesses: {led:,} led by the network, {unled:,} without it")
-    print("\n".join(text), flush=True)
-    return 0
-
-
-def probabilities(model, puzzles, device, dtype, bar=None, views=None):
-    """float32 [N, 81, 9] over the digits of puzzles uint8 [N, 81], as a numpy array."""
-    parts, batches = [], ((part.to(device), None, None) for part in puzzles.split(64))
-    for logits, _ in apply(model, batches, lambda boards: boards, dtype, views=views):
-        parts.append(logits[-1].float().softmax(-1).cpu())
-        if bar is not None:
-            bar.update(len(parts[-1]))
-    return torch.cat(parts).numpy()
-
-
-def puzzle_samples(state, run):
-    """The first validation puzzle, or else the first of training, as the network fills it in, as text."""
-    puzzles = torch.from_numpy(np.array((run.val or run.train).images[:1]))
-    digits = probabilities(state.model, puzzles, run.device, run.dtype).argmax(2) + 1
-    return "\n".join(board_lines(digits[0], puzzles[0].tolist()))
-
-
-def board_lines(board, puzzle):
-    """A board uint8 [81] as text: found digits bare, the puzzle's own in brackets, a dot for none."""
-    cells = [f"[{digit}]" if clue else f" {digit or '.'} " for digit, clue in zip(board, puzzle)]
-    rows = ["|".join("".join(cells[9 * r + c : 9 * r + c + 3]) for c in (0, 3, 6)).rstrip() for r in range(9)]
-    rule = "+".join(["-" * 9] * 3)
-    return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
-
-
-PUZZLES = Family(
-    load=load_puzzles, to_score=puzzles_to_score,
-    check=lambda config, source: None, task=sudoku_task, order=puzzle_order,
-    prepare=lambda meta, memory_format: lambda puzzles: puzzles,
-    augment=lambda config, meta, memory_format: lambda *batch: batch[:2],  # the network is equivariant
-    views=data.sudoku_views,
-    arguments=lambda config, source: {
-        **{name: config[name] for name in ("width", "hidden", "free_steps", "grad_steps")},
-        "message_steps": config["message_steps"] or 64},
-    flags=("width", "hidden", "message_steps", "free_steps", "grad_steps", "constraint_weight", "curriculum"),
-    optimizer="muon", report=lambda pairs, task: (total(pairs, task), None), predict=predict_puzzles,
-    samples=puzzle_samples,
-)  # fmt: skip
-
-FAMILIES = {"custom": IMAGES, "efficientnet_b0": IMAGES, "sudoku_gnn": PUZZLES}
-
-
-# ---------------------------------------------------------------------------- putting it together
-
-
-@dataclass
-class Run:
-    """The pieces of one run, put together once by `prepare_run` and not changed after."""
-
-    config: dict
-    task: Task
-    device: torch.device
-    dtype: torch.dtype
-    train: data.Split
-    val: data.Split | None
-    has_test: bool
-    fetch_train: Callable
-    fetch_val: Callable | None
-    val_order: torch.Tensor  # all of the validation split
-    val_sample: torch.Tensor  # those scored after epochs in between
-    order: Callable  # epoch -> order
-    augment: Callable  # (batch, targets, index, epoch) -> inputs, targets
-    prepare: Callable  # batch -> inputs, for evaluation
-    samples: Callable  # (state, run) -> a picture or a text for the trackers
-    schedule: Callable  # (step, cuts) -> (lr, momentum)
-    meta: dict
-    folder: Path | None = None
-    log: Callable = print
-
-
-def prepare_run(config, resumed=None):
-    """(state, run, lines that say what is about to happen); ValueError or OSError for bad input.
-
-    `resumed` is the metadata of a run that goes on, which has its weights and statistics.
-    """
-    config, fresh, ranks = dict(config), resumed is None, utils.world()[1]
-    device = utils.pick_device(config["device"])
-    memory_format = pick_memory_format(config["channels_last"], device)
-    settings = utils.tune(device, config["deterministic"], config["memory_gb"])
-    family = FAMILIES[config["model"]]
-    dtype, reason = utils.pick_precision(config["amp"], device)
-    with utils.in_turn(os.environ.get("LOCAL_RANK", "0") == "0"):  # one process a machine fills the cache
-        source = family.load(config)
-    family.check(config, source)
-    config["image_size"] = source.image_size
-    train, val = source.splits["train"], source.splits.get("val")
-    channels = (*train.images.shape[3:], 1)[0]  # of images [N, H, W, C]; puzzles are [N, 81]
-    task = family.task(config)
-    check_monitor(config, task, val is not None)
-    for flag in ("swa_start_epoch", "freeze_epochs"):
-        if config[flag] > config["epochs"]:
-            raise ValueError(f"--{flag} {config[flag]}: must be at most --epochs {config['epochs']}")
-    if 0 < config["swa_start_epoch"] <= config["freeze_epochs"]:
-        raise ValueError(f"--swa_start_epoch {config['swa_start_epoch']}: must be above --freeze_epochs, else the "
-                         "statistics of the frozen part would be lost")  # fmt: skip
-    if config["swa_lr"] and not config["swa_start_epoch"]:
-        raise ValueError("--swa_lr: needs --swa_start_epoch")
-    if config["batch_size"] == "auto":
-        config["effective_batch"] = config["effective_batch"] or 128
-    if (config["effective_batch"] or 0) > max(128, len(train)):
-        raise ValueError(f"--effective_batch {config['effective_batch']}: there are {len(train)} samples; give less")
-    if config["batch_size"] != "auto" and config["batch_size"] > len(train):
-        raise ValueError(f"--batch_size {config['batch_size']}: the training split has {len(train)} samples; give less")
-    weights, origin = pretrained_weights(config) if config["pretrained"] and fresh else ({}, resumed or {})
-    fits = origin and len(origin["mean"]) == len(source.mean)  # weights want the statistics they were trained with
-    mean, std = (origin["mean"], origin["std"]) if fits else (source.mean, source.std)
-    meta = {
-        "model": config["model"], "num_classes": len(source.classes), "in_channels": channels,
-        "arguments": family.arguments(config, source), "classes": source.classes, "image_size": source.image_size,
-        "mean": list(mean), "std": list(std), "stored_size": train.images.shape[1],
-        "fingerprint": [*source.mean, *source.std, len(train), len(val or ()), zlib.crc32(train.labels.data)],
-        "source": {
-            "data": config["data"] and str(Path(os.path.expanduser(config["data"])).resolve()),
-            **{name: config[name] for name in ("val_fraction", "max_samples", "seed")},
-        },
-    }  # fmt: skip
-
-    utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
-    torch.manual_seed(config["seed"])
-    model = models.build_model(config["model"], len(source.classes), channels, **meta["arguments"])
-    if config["checkpoint_activations"]:
-        model.run_stage = models.recomputed
-    if config["whiten"] and fresh:
-        some = np.array_split(data.stratified(train.labels, 5000, config["seed"]), max(1, min(len(train), 5000) // 64))
-        prepare = family.prepare(meta, torch.contiguous_format)
-        models.whiten_stem(model, (prepare(torch.from_numpy(np.array(train.images[part]))) for part in some))
-    if config["pretrained"] and fresh:
-        try:
-            models.load_backbone(model, weights, new_head=origin.get("classes", source.classes) != source.classes)
-        except ValueError as error:
-            raise ValueError(f"--pretrained {config['pretrained']}: {error}") from None
-    if config["sync_batchnorm"]:
-        if device.type != "cuda" or ranks == 1:
-            raise ValueError("--sync_batchnorm: is for several CUDA devices under torchrun; leave it out")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules() if ranks > 1 and not config["sync_batchnorm"] else ():
-        if isinstance(module, nn.BatchNorm2d):  # a process sees one batch in `ranks`: so their mean moves as far as one
-            module.momentum = 1 - (1 - module.momentum) ** ranks
-    model.to(device, memory_format=memory_format)
-    for tensor in model.state_dict().values() if ranks > 1 else ():
-        dist.broadcast(tensor, 0)  # machines may differ in the last bit
-
-    config["optimizer"] = config["optimizer"] or family.optimizer
-    if config["lr"] is None:
-        config["lr"] = {"sgd": 0.1, "adamw": 0.003, "muon": 0.005}[config["optimizer"]]
-    first_rate = 1e-3 if config["lr"] == "auto" else config["lr"]
-    optimizer = build_optimizer(
-        model, config["optimizer"], first_rate, config["weight_decay"], config["momentum"], device
+        loss=partial(models.image_loss, label_smoothing=args.label_smoothing,
+                     focal_gamma=args.focal_gamma),
+        measure=utils.image_metrics, metrics=("accuracy",), monitor="accuracy",
+        formats={"accuracy": percent}, unit="images", views=data.image_views,
+        augment=partial(augment_images, args, meta, memory_format),
+        prepare=partial(prepare_images, meta, memory_format),
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = TrainState(model, optimizer, scaler, start_ema(model) if config["ema_decay"] else None)
-    state.swa = AveragedModel(model) if config["swa_start_epoch"] else None
 
-    augment = family.augment(config, meta, memory_format)
-    few = torch.arange(4) % len(train)
-    rows = (torch.from_numpy(np.array(a[few.numpy()])).to(device) for a in (train.images, train.labels))
-    example, _ = augment(*rows, few, 0)
-    moments = {"adamw": 2, "sgd": 1, "muon": 1}[config["optimizer"]]
-    copies = bool(state.ema) + bool(state.swa) + 2 * bool(config["sam_rho"])  # the weights and the ascent of SAM
+
+def augment_images(args, meta, memory_format, images, labels, index, epoch):
+    """(inputs, labels or shares of classes) of uint8 images [B, H, W, C], drawn for the epoch."""
+    draws = index, args.seed, epoch
+    x = data.augment(images, *draws, meta["image_size"], meta["mean"], meta["std"],
+                     args.crop_padding, args.flip, args.min_crop_area, args.cutout)
+    if args.mixup or args.cutmix:
+        classes = meta["num_classes"]
+        x, labels = data.mix_samples(x, labels, *draws, classes, args.mixup, args.cutmix)
+    return x.contiguous(memory_format=memory_format), labels
+
+
+def prepare_images(meta, memory_format, images):
+    """The inputs of evaluation: the normalised centre of uint8 images [B, H, W, C]."""
+    x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
+    return x.contiguous(memory_format=memory_format)
+
+
+def load_source(args):
+    """The `data.Data` that the flags name."""
+    common = args.val_fraction, args.max_samples, args.seed, args.cache_dir
+    if args.model == "sudoku_gnn":
+        return data.load_sudoku(args.data, *common)
+    return data.load(args.data, args.image_size, *common)
+
+
+def samples_of(state, run):
+    """For the trackers: augmented training images, uint8 [H, W, 3], or a board filled in, text."""
+    batch = next(iter(run.fetch["train"]([epoch_order(run, state.epoch - 1)[:16]])))
+    if run.args.model == "sudoku_gnn":
+        logits, _ = next(outputs_of(state.model, [batch], dtype=run.dtype))
+        return "\n".join(data.board_lines(logits[-1, 0].argmax(1) + 1, batch[0][0].tolist()))
+    inputs, _ = run.task.augment(*batch, state.epoch - 1)
+    return utils.picture_grid(inputs, run.meta["mean"], run.meta["std"])
+
+
+# ---------------------------------------------------------------------------- preparing a run
+
+
+def prepare(args, saved=None):
+    """(state, run, lines for the log). ValueError or OSError for flags or data that do not fit.
+
+    Mutates `args`: settles what was left open. `saved` is the checkpoint of a run that goes on.
+    """
+    device, dtype, memory_format, notes = utils.set_up_device(
+        args.device, args.amp, args.channels_last, args.deterministic, args.memory_gb)
+    with utils.first_process_first(os.environ.get("LOCAL_RANK", "0") == "0"):  # fills the cache
+        source = load_source(args)
+    settle(args, source)
+    weights, origin = starting_weights(args, saved)
+    meta = describe_model(args, source, origin)
+    utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
+    task = make_task(args, meta, memory_format)
+    model = build_network(args, meta, weights, origin)
+    train, ranks = source.splits["train"], utils.world()[1]
+    if args.model_args.get("whiten") and saved is None:
+        rows = data.stratified(train.labels, 5000, args.seed)
+        parts = np.array_split(rows, max(1, len(rows) // 64))
+        images = (torch.from_numpy(np.array(train.images[part])) for part in parts)
+        models.whiten_stem(model, map(task.prepare, images))
+    state = build_state(args, model.to(device, memory_format=memory_format), device, dtype)
+    free = free_memory(args, device)
+    fetch = {  # a split stays on the device where it takes at most a quarter of what is free
+        name: data.batches(source.splits[name], device, free // 4, args.workers, args.timeout)
+        for name in ("train", "val") if name in source.splits
+    }
+    copies = bool(state.ema) + bool(state.swa) + 2 * bool(args.sam_rho)
+    inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(4) % len(train)]))), 0)
     with autocast(device, dtype):
-        memory = models.estimate_memory(model, example, moments, copies)
-    distribute(state)
-    budget = min(utils.free_bytes(device), utils.memory_cap(device, config["memory_gb"])) // 4
-    if config["batch_size"] == "auto":
-        resident = sum(split.images.nbytes for split in (train, val) if split and split.images.nbytes <= budget)
-        if config["effective_batch"] % ranks:
-            raise ValueError(f"--effective_batch {config['effective_batch']}: must be a multiple of {ranks} processes")
-        step = partial(train_step, state, task=task, augment=lambda *batch: augment(*batch, 0), dtype=dtype,
-                       sam_rho=config["sam_rho"])  # fmt: skip
-        fits = lambda size: trial(state, step, train, size, device, memory, resident, config["memory_gb"])
-        config["batch_size"] = choose_batch(config["effective_batch"] // ranks, len(train), fits)
-    if config["effective_batch"]:
-        if config["effective_batch"] % (config["batch_size"] * ranks):
-            sizes = "{effective_batch}: must be a multiple of the batch, {batch_size}".format(**config)
-            sizes += f", times {ranks} processes" * (ranks > 1)
-            raise ValueError(f"--effective_batch {sizes}; give --batch_size too, or --batch_size auto")
-        config["accumulation_steps"] = config["effective_batch"] // config["batch_size"] // ranks
-    steps_an_epoch = count_steps(len(train), config["batch_size"], config["accumulation_steps"] * ranks)
-    total_steps, warmup_steps = config["epochs"] * steps_an_epoch, round(config["warmup_epochs"] * steps_an_epoch)
-    if warmup_steps >= total_steps:
-        raise ValueError(f"--warmup_epochs {config['warmup_epochs']:g}: must be below --epochs {config['epochs']}")
-
-    def schedule(step, cuts):
-        start = (config["swa_start_epoch"] - 1) * steps_an_epoch if config["swa_lr"] else math.inf
-        plain = lambda step: SCHEDULES[config["scheduler"]](config, step, total_steps, warmup_steps, cuts)
-        if step < start:
-            return plain(step)
-        lr, momentum = plain(max(0, start - 1))
-        return swa_rate(step, start, steps_an_epoch, lr, config["swa_lr"]), momentum
-
-    if ranks > 1 and config["compile"] != "off":
-        raise ValueError("--compile: does not go with several processes here; leave it out")
-    fetch = partial(data.batches, device=device, resident_bytes=budget, workers=config["workers"],
-                    timeout=config["timeout"])  # fmt: skip
-    run = Run(
-        config=config, task=task, device=device, dtype=dtype, train=train, val=val,
-        has_test="test" in source.splits, fetch_train=fetch(train, config["batch_size"]),
-        fetch_val=fetch(val, 2 * config["batch_size"]) if val else None,
-        val_order=torch.arange(len(val or ())),
-        val_sample=torch.from_numpy(data.stratified(val.labels, config["val_samples"], config["seed"]))
-        if val and config["val_samples"] else torch.arange(0),
-        order=family.order(config, train), augment=augment,
-        prepare=family.prepare(meta, memory_format), samples=family.samples, meta=meta,
-        schedule=schedule,
-    )  # fmt: skip
-    note = compile_forward(state, run, config["compile"]) if config["compile"] != "off" else ""
-
-    settings += ["channels_last"] * (memory_format is torch.channels_last and family is IMAGES)
-    settings += [f"fused {config['optimizer']}"] * (config["optimizer"] != "muon")
-    precision = f"{str(dtype).removeprefix('torch.')} ({reason})"
-    return state, run, describe(state, run, source, memory, precision, settings, note)
-
-
-def describe(state, run, source, memory, precision, settings, note):
-    """Lines that say what is about to happen."""
-    config, device, ranks = run.config, run.device, utils.world()[1]
-    size, steps = config["batch_size"], config["accumulation_steps"]
-    steps_an_epoch = count_steps(len(run.train), size, steps * ranks)
+        memory = models.estimate_memory(model, inputs, models.MOMENTS[args.optimizer], copies)
+    settle_batch(args, len(train), memory, free_memory(args, device))
+    size, steps = args.batch_size, args.accumulation_steps
+    batches = len(data.chunks(torch.zeros(len(train)), size))
+    run = Run(args, task, device, dtype, source, meta, fetch, -(-batches // (steps * ranks)))
+    if args.compile != "off":
+        inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(size)]))), 0)
+        with autocast(device, dtype):
+            state.forward, note = models.compile_model(model, inputs, args.compile)
+        notes.append(note)
+    parameters = sum(p.numel() for p in model.parameters())
     total = sum(memory.values()) + memory["sample"] * (size - 1)
-    fixed = {name: memory[name] for name in ("weights", "gradients", "optimizer", "ema") if memory[name]}
-    parts = ", ".join(f"{name} {held / 2**20:.1f}" for name, held in fixed.items())
     cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
-    splits = {name: f"{name} {len(split):,}" for name, split in source.splits.items()}
-    return [
-        f"device     {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
-        f"{torch.get_num_threads()} threads | precision {precision}",
-        f"model      {config['model']}, {sum(p.numel() for p in state.model.parameters()):,} parameters{note}",
-        f"speed      {', '.join(settings)}",
-        f"memory     about {total / 2**20:,.0f} MiB ({parts}, activations {memory['sample'] / 2**20:.2f} a sample) | "
+    splits = ", ".join(f"{name} {len(split):,}" for name, split in source.splits.items())
+    return state, run, [
+        f"device     {device}, {torch.get_num_threads()} threads | {', '.join(notes)}",
+        f"model      {args.model}, {parameters:,} parameters",
+        f"memory     about {total / 2**20:,.0f} MiB, {memory['sample'] / 2**20:.2f} a sample | "
         f"largest batch for 4, 6, 8 GB: {cards}",
-        f"data       {source.description} | "
-        + ", ".join(splits.get(name, f"no {name}") for name in ("train", "val", "test")),
-        f"methods    {', '.join(methods(config)) or 'plain'}",
-        f"batch      {size} x {steps} accumulation x {ranks} process{'es' * (ranks > 1)} = {size * steps * ranks} | "
-        f"{steps_an_epoch:,} steps an epoch, "
-        f"{config['epochs']} epochs, {steps_an_epoch * config['epochs']:,} steps",
+        f"data       {source.description} | {splits}",
+        f"batch      {size} x {steps} accumulation x {ranks} processes = {size * steps * ranks} | "
+        f"{run.steps_per_epoch:,} steps an epoch, {args.epochs} epochs",
     ]
 
 
-def count_steps(samples, batch_size, window):
-    """Steps an epoch: windows of so many batches."""
-    return -(-len(data.chunks(torch.arange(samples), batch_size)) // window)
+def settle(args, source):
+    """Mutates `args`: fills what was left open and depends on the data. ValueError for misfits."""
+    train, has_val = source.splits["train"], "val" in source.splits
+    puzzles, batch, args.image_size = args.model == "sudoku_gnn", args.batch_size, source.image_size
+    args.flip = train.images.shape[-1] >= 3 if args.flip is None else args.flip
+    args.optimizer = args.optimizer or ("muon" if puzzles else "adamw")
+    args.lr = args.lr or models.LEARNING_RATES[args.optimizer]
+    args.effective_batch = args.effective_batch or (128 if batch == "auto" else None)
+    blind = args.early_stopping and not has_val and not args.monitor
+    kinds = ["train", *["val"] * has_val, *["ema"] * bool(has_val and args.ema_decay)]
+    metrics = utils.SUDOKU_METRICS if puzzles else ("accuracy",)
+    args.monitor = args.monitor or f"{kinds[-1]}_{metrics[0]}"
+    kinds += ["swa"] * bool(has_val and args.swa_start_epoch)
+    names = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
+    smallest = {"efficientnet_b0": 32, "custom": 24}.get(args.model, 0)
+    for wrong, message in (
+        (args.image_size < smallest,
+         f"--image_size {args.image_size}: {args.model} needs {smallest} px or more"),
+        (batch == 1 and args.model == "efficientnet_b0" and args.image_size <= 32,
+         "--batch_size 1: BatchNorm needs two values a channel at 32 px; give 2 or more"),
+        (not puzzles and max(args.crop_padding, args.cutout) >= args.image_size,
+         f"--crop_padding {args.crop_padding}, --cutout {args.cutout}: must be below the image size, "
+         f"{args.image_size}"),
+        (batch != "auto" and batch > len(train),
+         f"--batch_size {batch}: there are {len(train)} training samples; give less"),
+        ((args.effective_batch or 0) > max(128, len(train)),
+         f"--effective_batch {args.effective_batch}: there are {len(train)} samples; give less"),
+        (blind, "--early_stopping: needs validation data; give --val_fraction above 0"),
+        (args.monitor not in names, f"--monitor {utils.shorten(args.monitor)}: is not measured; "
+         f"give one of {', '.join(name for name in names if not name.endswith(data.LEVELS))}"),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
-def methods(config):
-    """Names of what is on beside the plain loop."""
-    names = {"ema_decay": "EMA", "swa_start_epoch": "SWA from epoch", "swa_lr": "SWA's lr", "sam_rho": "SAM",
-             "mixup": "Mixup", "cutmix": "CutMix", "label_smoothing": "label smoothing", "focal_gamma": "focal loss",
-             "clip_grad_norm": "clipping at"}  # fmt: skip
-    found = [f"{name} {config[flag]:g}" for flag, name in names.items() if config[flag]]
-    found += ["SyncBatchNorm"] * config["sync_batchnorm"]
-    found += [f"weights of {config['pretrained']}"] * bool(config["pretrained"])
-    if config["freeze_epochs"]:
-        random = "" if config["pretrained"] else ", the rest random: give --pretrained"
-        found.append(f"head alone for {config['freeze_epochs']} epochs{random}")
-    return found
+def starting_weights(args, saved):
+    """(state dict or None, metadata of the images that the weights were trained on)."""
+    if saved is not None or args.pretrained is None:
+        return None, saved["meta"] if saved else {}
+    if args.pretrained == "official":
+        if args.model != "efficientnet_b0":
+            raise ValueError("--pretrained: only efficientnet_b0 has official weights; give a file")
+        return models.official_weights(), IMAGENET
+    found = utils.load_checkpoint(args.pretrained, legacy=True)
+    meta = found.get("meta")
+    own = isinstance(meta, dict) and {"mean", "std"} <= meta.keys()
+    return found.get("model", found), meta if own else IMAGENET
 
 
-def choose_batch(effective, most, fits):
-    """The largest micro-batch, `most` to 2, that divides `effective` and for which fits(size); ValueError for none."""
-    sizes = [size for size in range(min(effective, most), 1, -1) if effective % size == 0]
-    for size in sizes:
-        if fits(size):
-            return size
-    why = f"not even {sizes[-1]} samples fit in memory" if sizes else f"no batch up to {most} divides it"
-    raise ValueError(f"--batch_size auto, --effective_batch {effective}: {why}; give another --effective_batch")
+def describe_model(args, source, origin):
+    """The metadata that makes a checkpoint usable alone."""
+    train, arguments = source.splits["train"], dict(args.model_args)
+    if args.model == "custom":
+        arguments.setdefault("stem_stride", models.stem_stride_for(source.image_size))
+    fits = origin and len(origin["mean"]) == len(source.mean)  # weights keep their own statistics
+    mean, std = (origin["mean"], origin["std"]) if fits else (source.mean, source.std)
+    path = args.data and str(Path(os.path.expanduser(args.data)).resolve())
+    sizes = [len(split) for split in source.splits.values()]
+    return {
+        "model": args.model, "num_classes": len(source.classes), "arguments": arguments,
+        "in_channels": (*train.images.shape[3:], 1)[0], "classes": source.classes,
+        "image_size": source.image_size, "stored_size": train.images.shape[1],
+        "mean": list(mean), "std": list(std),
+        "fingerprint": [*source.mean, *source.std, *sizes, zlib.crc32(train.labels.data)],
+        "source": {"data": path, "val_fraction": args.val_fraction,
+                   "max_samples": args.max_samples, "seed": args.seed},
+    }
 
 
-def trial(state, step, split, size, device, memory, resident, memory_gb):
-    """Whether two real steps on `size` samples fit: on CUDA within 0.92 of the cap, on a CPU 0.8 of free memory.
-
-    `resident` bytes of data come on top. Leaves `state` as it was. A CPU's memory has no end that can be run
-    into, so there the estimate decides.
-    """
-    free = utils.free_bytes(device)
-    limit = min(free, memory_gb * 2**30) if memory_gb else free
-    held = sum(memory.values()) + 1.1 * memory["sample"] * (size - 1) + resident
-    if utils.any_of_all(device.type != "cuda" and held > 0.8 * limit):
-        return False
-    index = torch.arange(size)
-    window = [(*(torch.from_numpy(np.array(a[index.numpy()])).to(device) for a in (split.images, split.labels)), index)]
-    with preserved(state):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what a larger trial left would count
-            torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(2):
-            full = False
-            try:
-                step(window)
-            except RuntimeError as error:
-                if not utils.out_of_memory(error):
-                    raise
-                full = True
-            if utils.any_of_all(full):
-                return False
-        used = torch.cuda.max_memory_reserved(device) + resident if device.type == "cuda" else 0
-        fits = state.micro_batch is None and used <= 0.92 * utils.memory_cap(device, memory_gb)
-    fits = not utils.any_of_all(not fits)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the data that is to stay on the device
-    return fits
-
-
-def pick_memory_format(channels_last, device):
-    """channels_last where asked; not on MPS, where its backward is wrong (pytorch #175189, #175190)."""
-    return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
-
-
-def pretrained_weights(config):
-    """(the state dict of --pretrained, metadata with the mean and standard deviation of its training images).
-
-    From a file, this kit's or with ImageNet's statistics, or the official one through torch's hub cache and hash check.
-    """
-    imagenet = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    if config["pretrained"] != "official":
+def build_network(args, meta, weights, origin):
+    """The network at its start: initialised by the seed or with pretrained weights."""
+    torch.manual_seed(args.seed)
+    classes, channels = meta["num_classes"], meta["in_channels"]
+    model = models.build_model(args.model, classes, channels, **meta["arguments"])
+    if args.checkpoint_activations:
+        model.run_stage = models.recomputed
+    if weights is not None:
+        new_head = origin.get("classes", meta["classes"]) != meta["classes"]
         try:
-            found = utils.load_checkpoint(config["pretrained"], legacy=True)
+            models.load_backbone(model, weights, new_head)
         except ValueError as error:
-            raise ValueError(f"--pretrained {error}") from None
-        meta = found.get("meta")
-        own = isinstance(meta, dict) and {"mean", "std"} <= meta.keys()
-        return found.get("model", found), meta if own else imagenet
-    if config["model"] != "efficientnet_b0":
-        raise ValueError("--pretrained official: only efficientnet_b0 has official weights; give a file")
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    older, newer = "efficientnet_b0_rwightman-3dd342df.pth", "efficientnet_b0_rwightman-7f5810bc.pth"
-    name = older if (hub / older).is_file() and not (hub / newer).is_file() else newer
-    try:
-        found = torch.hub.load_state_dict_from_url(
-            f"https://download.pytorch.org/models/{name}", map_location="cpu", check_hash=True, weights_only=True
-        )
-        return found, imagenet
-    except (OSError, RuntimeError) as error:  # no network, or a hash that differs
-        why = utils.one_line(error)
-        raise ValueError(f"--pretrained: cannot be fetched ({why}); give a file: --pretrained {name}") from None
+            raise ValueError(f"--pretrained {args.pretrained}: {error}") from None
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # a process sees one batch in so many
+            module.momentum = 1 - (1 - module.momentum) ** utils.world()[1]
+    return model
 
 
-def check_monitor(config, task, has_val):
-    """Mutates `config`: the monitor where none is given; ValueError for one that the run will not measure."""
-    splits = ["train", *["val"] * has_val, *["ema"] * bool(has_val and config["ema_decay"])]
-    averaged = ["swa"] * bool(has_val and config["swa_start_epoch"])
-    names = [f"{split}_{metric}" for split in splits + averaged for metric in ("loss", *task.metrics)]
-    if config["early_stopping"] and not has_val and config["monitor"] is None:
-        raise ValueError("--early_stopping: there is no validation data; give --val_fraction above 0")
-    if config["monitor"] is None:
-        config["monitor"] = f"{splits[-1]}_{task.monitor}"
-    if config["monitor"] not in names:
-        briefly = ", ".join(name for name in names if not name.endswith(data.LEVELS))
-        raise ValueError(f"--monitor {shown(config['monitor'])} is not measured; there are {briefly}")
+def build_state(args, model, device, dtype):
+    """The `TrainState` of a model that is to be trained, the same in all processes."""
+    ranks, lr = utils.world()[1], 1e-3 if args.lr == "auto" else args.lr
+    for tensor in model.state_dict().values() if ranks > 1 else ():
+        dist.broadcast(tensor, 0)  # machines may differ in the last bit
+    optimizer = models.build_optimizer(model, args.optimizer, lr, args.weight_decay, args.momentum,
+                                       device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = TrainState(model, optimizer, scaler, start_ema(model) if args.ema_decay else None)
+    state.swa = AveragedModel(model) if args.swa_start_epoch else None
+    state.share = share_among_processes if ranks > 1 else None
+    return state
 
 
-def compile_forward(state, run, mode):
-    """Mutates `state.forward`: the compiled model if one pass through it works; a note for the log.
-
-    A batch of another size, the ragged last one, goes through the model as it is: compiling anew takes a minute.
-    """
-    size = run.config["batch_size"]
-    inputs, _ = run.augment(*next(iter(run.fetch_train(torch.arange(size)))), 0)
-    held = [buffer.clone() for buffer in state.buffers]
-    compiled = torch.compile(state.model, mode=mode)
-    try:
-        with autocast(run.device, run.dtype):
-            compiled(inputs).float().sum().backward()
-    except (RuntimeError, ImportError, OSError) as error:  # no compiler, no Triton, an operator it lacks
-        return f", not compiled ({utils.one_line(error)})"
-    finally:
-        undo(state, held)
-    state.forward = lambda inputs: compiled(inputs) if len(inputs) == size else state.model(inputs)
-    return f", compiled ({mode})"
+def free_memory(args, device):
+    """Bytes that training may take, alike in all processes."""
+    free = min(utils.free_bytes(device), utils.memory_cap(device, args.memory_gb))
+    return utils.all_reduce(torch.tensor(float(free)), "MIN").item()
 
 
-def find_run(name):
-    """The folder of the run to resume: NAME or runs/NAME; without a name the unfinished one started last."""
-    if name:
-        folder = Path(name) if (Path(name) / "config.json").is_file() else RUNS / name
-        if not (folder / "config.json").is_file() and folder.is_dir():
-            raise ValueError(f"--resume {shown(name)}: {folder} has no config.json; restore it, or, where the run had "
-                             f"not begun, start it again with --run_name {folder.name}")  # fmt: skip
-        if not (folder / "config.json").is_file():
-            there = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/config.json"))[-5:]) or "none"
-            raise ValueError(f"--resume {shown(name)}: no such run; in {RUNS.resolve()} there are {there}")
-        return folder
-    starts = {}
-    for path in RUNS.glob("*/config.json"):
-        if any((path.parent / last).exists() for last in ("last.pt", "previous.pt")):
-            with contextlib.suppress(ValueError):  # a damaged one is not the one that is meant
-                starts[read_run_config(path)["environment"]["started"], path.parent.name] = path.parent
-    for start in sorted(starts, reverse=True):
-        newest = utils.load_newest(starts[start], SAVED, set_aside=False)  # it may be another's
-        if newest is None or not newest["finished"]:
-            return starts[start]
-    raise ValueError(f"--resume: no unfinished run with a checkpoint in {RUNS.resolve()}; start one without --resume")
+def settle_batch(args, samples, memory, free):
+    """Mutates `args`: batch_size where it is auto, and accumulation_steps by effective_batch."""
+    effective, ranks = args.effective_batch, utils.world()[1]
+    if not effective:
+        return
+    if args.batch_size == "auto":
+        fixed, sizes = sum(memory.values()), range(min(effective // ranks, samples), 1, -1)
+        fits = [size for size in sizes if effective % (size * ranks) == 0
+                and fixed + 1.1 * memory["sample"] * (size - 1) <= 0.8 * free]
+        if not fits:
+            raise ValueError(f"--batch_size auto, --effective_batch {effective}: no batch divides it "
+                             "and fits in memory; give another --effective_batch")
+        args.batch_size = fits[0]
+    if effective % (args.batch_size * ranks):
+        raise ValueError(f"--effective_batch {effective}: must be a multiple of --batch_size "
+                         f"{args.batch_size} times {ranks} processes; or give --batch_size auto")
+    args.accumulation_steps = effective // args.batch_size // ranks
 
 
-def read_run_config(path):
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        config, environment = dict(found["config"]), {"processes": 1, "launcher": "", **found["environment"]}
-        for action in build_parser()._actions:
-            if config.get(action.dest) is not None:
-                checked_value(action.dest, config[action.dest], action)
-        if not (isinstance(environment["started"], str) and environment["processes"] in range(1, 10**6)):
-            raise ValueError("its environment is not a run's")
-        return {"config": config, "environment": environment}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({utils.one_line(error)}); restore it or start a new run") from None
+# --------------------------------------------------------------------- new and resumed runs
 
 
-def resumed_config(folder, config, given, ranks=1):
-    """The config of the run in `folder`, with the free flags of this call; ValueError where another one differs.
-
-    Its steps stay what they were, with as many batches, on any number of processes that divides them.
-    """
-    stored, environment = read_run_config(folder / "config.json").values()
-    if strange := sorted(stored.keys() ^ {key for key in config if key not in MODES}):
-        raise ValueError(f"{folder}: its flags are not this kit's ({strange[0]}); resume it with its own version")
-    for key, value in given.items():
-        if key in MODES:
-            continue
-        if key not in FREE_ON_RESUME and stored[key] != value and (value, key) not in AUTO:
-            raise ValueError(f"--{key} {value}: the run has {stored[key]}; leave the flag out, or start a new run")
-        if key in FREE_ON_RESUME and key != "run_name":
-            stored[key] = value
-    stored["timeout"] = config["timeout"]
-    if ranks > 1:  # each has its own
-        stored["device"] = config["device"]
-    batches = stored["accumulation_steps"] * environment["processes"]
-    if batches % ranks:
-        fitting = ", ".join(str(count) for count in range(1, batches + 1) if batches % count == 0)
-        raise ValueError(f"--resume {folder.name}: a step has {batches} batches, which {ranks} processes cannot share "
-                         f"alike; start one of {fitting[:60]}")  # fmt: skip
-    return {**config, **stored, "accumulation_steps": batches // ranks}
-
-
-def main(argv=None):
-    """Do what the flags (a list of words; None: those of the command line) ask for; the exit status."""
-    config, given = parse_flags(sys.argv[1:] if argv is None else argv)
-    run = None
-    try:
-        with catch_signals(gently=False), contextlib.ExitStack() as held:
-            check_flags(config, given)
-            for mode, call in (("predict", run_predict), ("evaluate", partial(run_evaluate, given=given)),
-                               ("export", run_export)):  # fmt: skip
-                if config[mode]:
-                    return call(config)
-            held.enter_context(utils.processes(config["device"], config["timeout"]))
-            state, begun = begin(config, given, held)
-            if config["find_lr"]:
-                return report_find_lr(state, begun, config["output"])
-            run = begun
-            with catch_signals() as stop:
-                return fit(state, run, stop)
-    except KeyboardInterrupt as stopped:  # outside of the loop, which saves
-        if os.environ.get("RANK", "0") == "0":
-            training = run is None and not any(config[mode] for mode in OUTPUTS)
-            print("stopped" + " before there was a step to save" * training, file=sys.stderr)
-        return 128 + (*stopped.args, signal.SIGINT)[0]
-    except BrokenPipeError:  # the reader of what is printed went away: no error of this program
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, FloatingPointError) as error:
-        return explain(error, run, config)
-
-
-def check_flags(config, given):
-    """ValueError where flags do not go together."""
-    if [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]] < [2, 10]:
-        raise ValueError(f"torch {torch.__version__}: too old; give 2.10 or later: pip install -r requirements.txt")
-    check_output(config)
-    cache = Path(config["cache_dir"])
-    there = next((place for place in (cache, *cache.parents) if place.exists()), cache)
-    if there.exists() and not there.is_dir():
-        raise ValueError(f"--cache_dir {cache}: {there} is no folder; give a folder")
-    for mode in READ_BY:
-        if config[mode] and (other := [key for key in given if key not in READ_BY[mode]]):
-            why = "does not go with --" + mode if other[0] in MODES else f"--{mode} does not read it"
-            raise ValueError(f"--{other[0]}: {why}; leave it out")
-        if config[mode] and os.environ.get("LOCAL_RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError(f"--{mode}: is for one process; start it with python in place of torchrun")
-    if config["val_samples"] and config["val_every"] == 1:
-        raise ValueError("--val_samples: are scored between validations; give --val_every 2, more, or adaptive")
-    for key, modes in (("input", ["predict"]), ("search", ["predict"]), ("tta", ["evaluate", "predict"])):
-        if config[key] and not any(config[mode] for mode in modes):
-            raise ValueError(f"--{key}: needs --{' or --'.join(modes)}")
-    if config["compile"] != "off" and config["checkpoint_activations"]:
-        raise ValueError("--checkpoint_activations: torch.compile does not take it; leave one of them out")
-    if config["freeze_epochs"] and (config["find_lr"] or config["lr"] == "auto"):
-        raise ValueError("--freeze_epochs: the sweep is of the whole network; leave it out, or give --lr a number")
-    if (config["effective_batch"] or config["batch_size"] == "auto") and "accumulation_steps" in given:
-        raise ValueError("--accumulation_steps: follows from --effective_batch; give that in its place")
-    if config["resume"] is None and not any(config[mode] for mode in READ_BY):
-        for family in (IMAGES, PUZZLES):
-            other = [key for key in given if key in family.flags and key not in FAMILIES[config["model"]].flags]
-            if other:
-                kind = "pictures" if family is IMAGES else "puzzles"
-                raise ValueError(f"--{other[0]}: is for {kind}, the model is {config['model']}; leave it out")
-    utils.trackers_available(config["tensorboard"], config["wandb"])
-
-
-def begin(config, given, held):
-    """(state, run) of a run, a new one or one that goes on, with a folder of its own, which `held` keeps locked."""
-    (rank, ranks), saved, name = utils.world(), None, config["run_name"]
-    own = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
-    utils.check_agreement({"flags": (own, name), "versions of torch": torch.__version__})
-    if not (name or config["find_lr"] or config["resume"]) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise ValueError("--run_name: torchrun --max_restarts needs one, to find the run again; give it a name")
-    now = utils.over_all(torch.tensor(time.time() * (rank == 0), dtype=torch.float64))
-    name = name or f"{config['model']}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now.item()))}"
-    if utils.any_of_all(rank == 0 and restarted(RUNS / name)):
-        config["resume"] = name
-    if config["resume"] is not None:
-        folder = find_run(config["resume"] or config["run_name"])
-        config = resumed_config(folder, config, given, ranks)
-        with utils.in_turn(rank == 0):  # one sets aside what is damaged
+def open_run(args, given, held):
+    """(state, run) of a new run or of one that goes on; `held` keeps its folder locked."""
+    (rank, ranks), saved, resumes = utils.world(), None, True
+    own = {key: value for key, value in vars(args).items() if key not in FREE_ON_RESUME}
+    utils.check_agreement({"flags": (own, args.run_name), "versions of torch": torch.__version__})
+    if args.resume is not None and (args.resume or not args.run_name):
+        folder = utils.find_run(RUNS, args.resume)
+    else:
+        folder = RUNS / (args.run_name or utils.dated_name(args.model))
+        resumes = args.resume is not None and utils.any_process(utils.has_checkpoints(folder))
+    if resumes:
+        with utils.first_process_first(rank == 0):  # it sets aside what is damaged
             if rank == 0:
                 held.enter_context(utils.lock(folder))
-            saved = utils.load_newest(folder, SAVED, set_aside=rank == 0)
-        utils.check_agreement({"checkpoints; the folder runs must be one": saved and saved["step"]})
-        for key, value in saved["config"].items() if saved else ():
-            if key not in (*MODES, *FREE_ON_RESUME, "accumulation_steps") and config.get(key) != value:
-                raise ValueError(f"{folder / 'config.json'}: {key} is {shown(config.get(key))}, the checkpoint's "
-                                 f"{shown(value)}; restore it, or start a new run")  # fmt: skip
-        if saved and saved["finished"]:
-            raise ValueError(f"--resume {folder.name}: finished already; start a new run or evaluate it")
-    else:
-        folder = RUNS / name
-        if folder.exists() and not config["find_lr"] and (folder.is_file() or in_use(folder)):
-            raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
-    state, run, lines = prepare_run(config, saved and saved["meta"])
-    if saved is not None:
-        check_same_run(saved, run)
+            saved = utils.load_newest(folder, [*SAVED, "meta", "flags"], set_aside=rank == 0)
+        utils.check_agreement({"checkpoints; they need one folder runs": saved["step"]})
+        args = merge_flags(folder, saved, args, given)
+    elif not args.find_lr:
+        utils.check_unused(folder)
+    state, run, lines = prepare(args, saved)
+    run.folder, run.log = folder, utils.logger()
+    run.flags = {"asked": {k: v for k, v in given.items() if k not in MODES}, "processes": ranks}
+    if resumes:
+        for key in ("classes", "image_size", "in_channels", "fingerprint"):
+            if saved["meta"][key] != run.meta[key]:
+                raise ValueError(f"--resume: the data changed, its {key} was "
+                                 f"{utils.shorten(saved['meta'][key])}; start a new run")
         state.load(saved)
-    run.config["run_name"], run.folder, run.log = folder.name, folder, utils.logger()
-    if not config["find_lr"]:
-        utils.check_room(folder, disk_bytes(state, whole=saved is None))
-        verb = f"resumed at step {state.step}" if saved else f"{config['scheduler']}, seed {config['seed']}"
-        lines.append(f"run        {folder} | {verb}")
+        run.flags["asked"] = saved["flags"]["asked"]
+    asked = ", ".join(f"{key} {value}" for key, value in run.flags["asked"].items())
+    lines += [f"flags      {asked or 'the defaults'} | {args.scheduler}, seed {args.seed}",
+              f"run        {folder}" + (f" | resumed at step {state.step}" if resumes else "")]
     for line in lines:
         run.log(line)
-    if run.config["lr"] == "auto" and not config["find_lr"]:
-        run.config["lr"] = sweep(state, run)[2]["valley"]
-        lines.append(f"find_lr    --lr {run.config['lr']:.2e}")
-    if rank == 0 and config["resume"] is None and not config["find_lr"]:
+    if args.find_lr:
+        return state, run
+    needed = sum(tensor.nbytes for _, tensor in utils.tensors(state.to_checkpoint()))
+    utils.check_room(folder, needed if resumes else 7 * needed)  # two moments, three checkpoints
+    if args.lr == "auto":
+        args.lr = lr_sweep(state, run)
+        lines.append(f"find_lr    --lr {args.lr:.2e}")
+    run.flags["settled"] = {k: v for k, v in vars(args).items() if k not in MODES}
+    if rank == 0 and not resumes:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(utils.lock(folder))
-        if in_use(folder):  # of two that start at once, one stops here
-            raise ValueError(f"--run_name {name}: {folder} exists; choose another name, or --resume {name}")
-        stored = {key: value for key, value in run.config.items() if key not in MODES}
-        utils.write_json(folder / "config.json", {"config": stored, "environment": utils.environment()})
-    if not config["find_lr"]:
-        run.log = utils.logger(folder / "log.txt", lines)
+        utils.check_unused(folder)  # of two runs that start at once, one stops here
+        save(state, run)
+        environment = utils.environment()
+        utils.write_json(folder / "config.json", {**run.flags, "environment": environment})
+    run.log = utils.logger(folder / "log.txt", lines)
+    if rank == 0:
+        run.trackers = utils.trackers(folder, vars(args), args.tensorboard, args.wandb)
     return state, run
 
 
-def in_use(folder):
-    """Whether a run's folder holds more than what one leaves that was killed before it began."""
-    return any(path.name != "lock" and path.suffix != ".partial" for path in folder.iterdir())
+def merge_flags(folder, saved, args, given):
+    """The saved run's flags with today's free ones; ValueError for another one that differs."""
+    asked, settled, processes = (saved["flags"][name] for name in ("asked", "settled", "processes"))
+    where, ranks = f"--resume {folder.name}", utils.world()[1]
+    if strange := settled.keys() ^ (vars(args).keys() - MODES):
+        raise ValueError(f"{where}: another version of the kit wrote it ({min(strange)}); use that")
+    if saved["finished"]:
+        raise ValueError(f"{where}: finished already; start a new run or evaluate it")
+    for key, value in given.items():
+        if key in FREE_ON_RESUME:
+            settled[key] = value
+        elif key not in MODES and value not in (settled[key], asked.get(key, settled[key])):
+            raise ValueError(f"--{key} {value}: the run has {settled[key]}; leave the flag out, or "
+                             "start a new run")
+    batches = settled["accumulation_steps"] * processes
+    if batches % ranks:
+        raise ValueError(f"{where}: a step has {batches} batches, which {ranks} processes cannot "
+                         "share alike; start a number of processes that divides them")
+    settled["accumulation_steps"] = batches // ranks
+    settled["device"] = args.device if ranks > 1 else settled["device"]  # each process has its own
+    return argparse.Namespace(**{**vars(args), **settled})
 
 
-def restarted(folder):
-    """Whether torchrun has started this process again, and the run in `folder` is the one that it started before."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (folder / "config.json").is_file():
-        return False
-    return read_run_config(folder / "config.json")["environment"]["launcher"] == utils.launcher()
+# ------------------------------------------------------------------------------- other modes
 
 
-def disk_bytes(state, whole):
-    """What a run's checkpoints take: two and the one being written, best.pt and means; if not `whole`, one more."""
-    weights, now = ({id(t): t.nbytes for _, t in utils.tensors(part)} for part in (state.live, state.to_checkpoint()))
-    return (3 * sum(now.values()) + 10 * sum(weights.values())) if whole else sum(now.values())  # 6 for the moments
+def load_model(path, args):
+    """(model on its device, metadata, `Task`, function of batches to (outputs, targets) pairs).
 
-
-def explain(error, run, config):
-    """Report in one line what ended the program; exit status 2 where `run` is None, as none has begun, else 1.
-
-    What is none of the errors to expect is raised.
+    ValueError for a bad checkpoint.
     """
+    found = utils.load_checkpoint(path)
+    needed = "model num_classes in_channels arguments classes image_size mean std".split()
+    meta = found.get("meta")
+    if not isinstance(meta, dict) or not {*needed} <= meta.keys() or "model" not in found:
+        raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
+    meta = {"stored_size": meta["image_size"], **meta}
+    name, classes, channels, arguments = (meta[key] for key in needed[:4])
+    arguments |= utils.keyword_arguments(args.model_args, models.MODELS[name], "--model_args")
+    model = models.build_model(name, classes, channels, **arguments)
+    models.check_state_dict(model.state_dict(), found["model"])
+    model.load_state_dict(found["model"])
+    device, dtype, memory_format, _ = utils.set_up_device(args.device, args.amp, args.channels_last)
+    model.to(device, memory_format=memory_format).eval()
+    task = make_task(args, meta, memory_format)
+    if args.tta and task.views is None:
+        raise ValueError("--tta: is for pictures; the Sudoku network is equivariant and gains nothing")
+    views = task.views if args.tta else None
+    return model, meta, task, partial(
+        outputs_of, model, prepare=task.prepare, dtype=dtype, views=views)
+
+
+def run_evaluate(args, given):
+    """Scores each checkpoint of --evaluate, prints them, writes --output and pictures; 0."""
+    results, best, pictures = [], None, None
+    for path in args.evaluate:
+        result, task, drawn = score(path, args, given)
+        head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
+        print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result, task.formats)}")
+        if len(args.evaluate) == 1:
+            print("\n".join(f"  {line}" for line in utils.report_lines(result, task.unit)))
+        if best is None or result.get(task.monitor, 0) > best.get(task.monitor, 0):
+            best, pictures = result, drawn  # only one checkpoint's images are kept
+        results.append(result)
+    if len(results) > 1:
+        print("\n".join(["", *utils.side_by_side(results)]))
+    if args.output:
+        utils.write_results(args.output, results)
+        files = [args.output, *utils.draw_report(Path(args.output), best, pictures)]
+        print(f"written    {', '.join(map(str, files))}")
+    return 0
+
+
+def score(path, args, given):
+    """(result, its `Task`, what pictures need or None) of a checkpoint on its test or val split."""
+    model, meta, task, apply = load_model(path, args)
+    puzzles, size = meta["model"] == "sudoku_gnn", scoring_batch(args)
+    # with another seed or fraction, samples that it was trained on would be scored
+    flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
+    flags["data"] = given.get("data", flags["data"])
+    whole = puzzles and "data" in given and not os.path.isdir(os.path.expanduser(args.data))
+    if whole:  # a file of puzzles has no splits
+        flags |= {"val_fraction": 0.0, "max_samples": 0}
+    source = load_source(argparse.Namespace(**flags))
+    split = next((source.splits[n] for n in ("test", "val") if n in source.splits), None)
+    split, name = (source.splits["train"], "all") if whole else (split, "test")
+    if split is None:
+        raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
+    has = source.classes, (*split.images.shape[3:], 1)[0]
+    if has != (meta["classes"], meta["in_channels"]):
+        raise ValueError(f"--data: classes {utils.shorten(has[0])} in {has[1]} channels do not fit "
+                         f"{path}, with {utils.shorten(meta['classes'])} in {meta['in_channels']}")
+    device, order = next(model.parameters()).device, torch.arange(len(split))
+    fetch = data.batches(split, device, utils.free_bytes(device) // 4, args.workers)
+    one, pieces = next(iter(fetch([order[:1]]))), data.chunks(order, size)
+    latency = [seconds_of(apply, [one]) for _ in range(33)][3:]
+    seconds_of(apply, fetch(pieces[:1]))  # the first pass at a size takes longer
+    pairs, began, drawn = [], time.perf_counter(), None
+    with utils.progress_bar(Path(path).name, len(split), task.unit, args.quiet) as bar:
+        for outputs, targets in apply(fetch(pieces)):
+            pairs.append((outputs.cpu(), targets.cpu()))
+            bar.update(len(targets))
+    rate = len(split) / (time.perf_counter() - began)
+    result = means(sum_totals(pairs, task), task)
+    if not puzzles:
+        logits, labels = (torch.cat(column) for column in zip(*pairs))
+        p, labels = logits.float().softmax(1).numpy(), labels.numpy()
+        result |= utils.classification_report(p, labels, meta["classes"])
+        drawn = p, labels, split.images, meta
+    median, slow = np.percentile(latency, (50, 95)) * 1e3
+    return {
+        "checkpoint": str(path), "data": source.description, "split": name, "samples": len(split),
+        "tta": args.tta, **result, "latency_ms": median, "latency_p95_ms": slow,
+        "samples_per_second": rate, "batch_size": size,
+    }, task, drawn
+
+
+def seconds_of(apply, batches):
+    """Seconds that a model takes for batches, its outputs read back."""
+    began = time.perf_counter()
+    for outputs, _ in apply(batches):
+        outputs.flatten()[0].item()  # waits for the device
+    return time.perf_counter() - began
+
+
+def scoring_batch(args):
+    """Samples at once where nothing is kept for a backward pass."""
+    return 32 if args.batch_size == "auto" else 2 * args.batch_size
+
+
+def run_predict(args, given):
+    """Applies the checkpoint of --predict to --input; the exit status."""
+    model, meta, _, apply = load_model(args.predict, args)
+    puzzles, suffix = meta["model"] == "sudoku_gnn", Path(args.output or "").suffix
+    allowed = ["", ".csv", *([".sdm", ".sdk"] if puzzles else [".json"])]
+    if suffix not in allowed:
+        raise ValueError(f"--output {args.output}: {meta['model']} writes {allowed[1:]}")
+    if args.search and not puzzles:
+        raise ValueError("--search: is for puzzles; leave it out")
+    call, device = predict_puzzles if puzzles else predict_images, next(model.parameters()).device
+    return call(apply, meta, device, args)
+
+
+def predict_images(apply, meta, device, args):
+    """Classes of the pictures of --input, printed and written; 1 if some could not be read."""
+    paths, size, channels = data.find_pictures(*args.input), meta["stored_size"], meta["in_channels"]
+    rows, broken = [], []
+    with utils.progress_bar("predict", len(paths), "images", args.quiet) as bar:
+        for part, images, errors in data.decode_pictures(paths, size, channels, scoring_batch(args)):
+            batches = [(torch.from_numpy(images).to(device), None, None)] if part else []
+            for logits, _ in apply(batches):
+                rows += utils.prediction_rows(part, logits.float().softmax(1).cpu(), meta["classes"])
+            broken += [{"file": str(path), "error": str(error)} for path, error in errors]
+            bar.update(len(part) + len(errors))
+    print("\n".join(map(utils.prediction_line, rows[:MAX_SHOWN])))
+    for row in broken:
+        print(f"error: {row['error']}", file=sys.stderr)
+    if args.output:
+        utils.write_results(args.output, rows + broken)
+    where = f"all in {args.output}" if args.output else f"up to {MAX_SHOWN} are shown"
+    print(f"{len(rows):,} of {len(paths):,} pictures; {where}")
+    return int(bool(broken))
+
+
+def predict_puzzles(apply, meta, device, args):
+    """Boards and verdicts for the puzzles of --input, printed and written to --output; 0."""
+    path, suffix = Path(args.input[0]), Path(args.output or "").suffix
+    if len(args.input) > 1 or not path.is_file() or path.suffix.lower() in data.IMAGE_SUFFIXES:
+        raise ValueError(f"--input {' '.join(args.input)}: is not one file of puzzles; for pictures "
+                         "name a checkpoint: --predict CKPT")
+    puzzles, _ = data.read_sudoku(path, with_solutions=False)
+    if args.output:
+        data.sudoku_text(suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
+    answers, counts = np.zeros_like(puzzles), np.zeros(3, int)
+    with utils.progress_bar("predict", len(puzzles), "boards", args.quiet) as bar:
+        for start in range(0, len(puzzles), 64):
+            part = puzzles[start : start + 64]
+            [(logits, _)] = apply([(torch.from_numpy(part).to(device), None, None)])
+            p, guesses = logits[-1].float().softmax(-1).cpu().numpy(), MAX_GUESSES * args.search
+            answers[start : start + 64], texts, found = data.finish_boards(part, p, guesses)
+            counts += found
+            bar.update(len(part))
+            for i, text in enumerate(texts[: max(0, MAX_SHOWN - start)]):
+                bar.write(f"puzzle {start + i + 1}: {text}\n")
+    if args.output:
+        utils.write_atomic(args.output, data.sudoku_text(suffix, puzzles, answers).encode())
+    solved, alone, guesses = counts
+    print(f"{solved:,} of {len(puzzles):,} solved, {alone:,} by the network alone in "
+          f"{meta['arguments']['message_steps']} steps, {guesses:,} guesses"
+          + (f", in {args.output}" if args.output else ""))
+    return 0
+
+
+def run_export(args, given):
+    """Writes the checkpoint of --export as a program from raw bytes to probabilities; 0."""
+    output = Path(args.output)
+    if output.suffix == ".onnx" and (missing := utils.missing("onnx", "onnxscript")):
+        raise ValueError(f"--output {output}: needs the packages {missing}: pip install {missing}")
+    args.device, args.channels_last, size = "cpu", False, 9
+    model, meta, *_ = load_model(args.export, args)
+    size, channels, puzzles = meta["image_size"], meta["in_channels"], meta["model"] == "sudoku_gnn"
+    if puzzles:
+        print("exporting the unrolled steps, about a minute for 64", flush=True)
+    shape, top = ((81,), 10) if puzzles else ((size, size, channels), 256)
+    batches = [torch.from_numpy(np.random.default_rng(n).integers(0, top, (n, *shape), np.uint8))
+               for n in (2, 1, 3)]  # of several sizes, as the batch is dynamic
+    names = "model classes image_size stored_size mean std".split()
+    deployed = models.Deployed(model, meta["mean"], meta["std"]).eval()
+    facts = {name: meta[name] for name in names}
+    content = utils.exported(deployed, batches, output.suffix, facts)
+    utils.write_atomic(output, content)
+    print(f"{output}: {len(content) / 2**20:.1f} MiB, uint8 {['batch', *shape]} to probabilities")
+    return 0
+
+
+def run_copy(args, given):
+    """Writes the functions of --copy, with all they need, to --output; 0."""
+    text = utils.copy_definitions(args.copy, Path(__file__).parent)
+    utils.write_atomic(args.output, text.encode())
+    print(f"{args.output}: {', '.join(args.copy)}, {len(text.splitlines())} lines")
+    return 0
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    """Does what the flags (a list of words; None: the command line) ask for; the exit status."""
+    args, given = parse_flags(sys.argv[1:] if argv is None else argv)
+    calls = {"evaluate": run_evaluate, "predict": run_predict, "export": run_export, "copy": run_copy}
+    run, rank = None, os.environ.get("RANK", "0")
+    try:
+        with utils.catch_signals(gently=False), contextlib.ExitStack() as held:
+            check_flags(args, given)
+            for mode, call in calls.items():
+                if getattr(args, mode):
+                    return call(args, given)
+            held.enter_context(utils.processes(args.device, args.timeout))
+            state, begun = open_run(args, given, held)
+            if args.find_lr:
+                lr_sweep(state, begun)
+                return 0
+            run = begun
+            with utils.catch_signals() as run.stop:
+                return fit(state, run)
+    except KeyboardInterrupt as stopped:  # outside of `fit`, which saves
+        if rank == "0":
+            print("stopped; nothing was saved", file=sys.stderr)
+        return 128 + (*stopped.args, signal.SIGINT)[0]
+    except BrokenPipeError:  # the reader of the output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, FloatingPointError) as error:
+        return explain(error, run, args)
+
+
+def explain(error, run, args):
+    """Says in one line what ended the program; the exit status. Unexpected errors propagate."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the death of a loader worker raises here too, anywhere
-    line, memory, rank = utils.one_line(said(error)), utils.out_of_memory(error), os.environ.get("RANK", "0")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader worker's death would raise here too
+    line, rank = utils.one_line(utils.message_of(error)), os.environ.get("RANK", "0")
     if run is None and isinstance(error, ValueError | OSError):
-        fail(said(error))
-    if "DataLoader" in str(error) or isinstance(error, ConnectionError | EOFError):  # or its pipe tells
-        line = line if "DataLoader" in line else f"a DataLoader worker ended ({line})"
-        for worker in multiprocessing.active_children():  # one that hangs would keep this process from ending
-            if worker.daemon:
-                worker.kill()
-        line += "; try --workers 0, or a longer --timeout where one was slow"
+        utils.fail(utils.message_of(error))
+    if "DataLoader" in str(error) or isinstance(error, ConnectionError | EOFError):
+        for worker in multiprocessing.active_children():  # one that hangs would block the exit
+            worker.kill()
+        line = f"a DataLoader worker ended ({line}); try --workers 0, or a longer --timeout"
     elif utils.lost_process(error):
-        what = f"was silent for {config['timeout']:g} s" if "imed out" in str(error) else "ended"
-        line = f"another process {what}"
-    elif memory:
+        silent = f"was silent for {args.timeout:g} s"
+        line = f"another process {silent if 'imed out' in str(error) else 'ended'}"
+    elif out_of_memory(error):
         line += "; give a smaller --batch_size, --batch_size auto or --checkpoint_activations"
     elif not isinstance(error, OSError | FloatingPointError):
         raise error
     if run is None or rank != "0":
         print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     else:
-        run.log(f"error: {line}; {standing(run.folder)}")
+        step = utils.load_newest(run.folder, set_aside=False)["step"]
+        run.log(f"error: {line}; the last good checkpoint is of step {step}; go on with: "
+                f"python train.py --resume {run.folder.name}")
     return 1
-
-
-def standing(folder):
-    """What a run that failed leaves, in words."""
-    try:
-        saved = utils.load_newest(folder, set_aside=False)
-    except (ValueError, OSError):
-        saved = None
-    if saved is None:
-        return "no checkpoint had been written"
-    return f"the last good checkpoint is of step {saved['step']}; go on with: python train.py --resume {folder.name}"
-
-
-def check_output(config):
-    """ValueError unless --output can be written, in the form that its mode writes."""
-    if config["output"] is None:
-        return
-    mode = next((mode for mode in OUTPUTS if config[mode]), None)
-    if mode is None:
-        raise ValueError(f"--output: only --{', --'.join(OUTPUTS)} write one; add one of them")
-    path = Path(config["output"])
-    if len(os.fsencode(path.name)) > 200:  # its temporary's is longer, and a name has 255
-        raise ValueError(f"--output {path}: must be a name of at most 200 bytes; give a shorter one")
-    if path.suffix not in OUTPUTS[mode] or path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--output {path}: must be a {' or '.join(OUTPUTS[mode])} file in a folder that exists")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: its folder cannot be written to; choose another")
-    for flag, files in (("input", config["input"] or ()), ("data", [config["data"] or ""])):
-        if path.exists() and any(Path(file).exists() and path.samefile(file) for file in files):
-            raise ValueError(f"--output {path}: is the --{flag}; choose another name")
-
-
-def check_same_run(saved, run):
-    """ValueError where the data of a resumed run is not what it was."""
-    for key in ("classes", "image_size", "in_channels", "fingerprint"):
-        if saved["meta"][key] != run.meta[key]:
-            raise ValueError(f"--resume: the data changed, {key} was {shown(saved['meta'][key])}; start a new run")
-
-
-def report_find_lr(state, run, output):
-    """Sweep, then write the curve: CSV at `output` (or under runs/), and a PNG beside it with matplotlib."""
-    rates, losses, found = sweep(state, run)
-    if utils.world()[0]:
-        return 0
-    path = Path(output) if output else RUNS / f"{run.folder.name}-find_lr.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([("lr", "loss"), *zip(rates, losses)])
-    png = path.with_suffix(".png")
-    drawn = utils.save_curve(png, rates, losses, found)
-    run.log(f"curve      {path}" + (f", {png}" if drawn else " (a picture too with matplotlib)"))
-    return 0
-
-
-def load_model(path, config):
-    """(model on the device in eval mode, its metadata, device, dtype) of a checkpoint; ValueError for a bad one."""
-    found = utils.load_checkpoint(path)
-    needed = {"model", "num_classes", "in_channels", "arguments", "classes", "image_size", "mean", "std"}
-    if not isinstance(found.get("meta"), dict) or not needed <= found["meta"].keys() or "model" not in found:
-        raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
-    meta, device = {"stored_size": found["meta"]["image_size"], **found["meta"]}, utils.pick_device(config["device"])
-    if config["message_steps"]:
-        if "message_steps" not in meta["arguments"]:
-            raise ValueError(f"--message_steps: {path} is a {meta['model']}, which has none; leave it out")
-        meta["arguments"]["message_steps"] = config["message_steps"]
-    utils.tune(device)
-    dtype, _ = utils.pick_precision(config["amp"], device)
-    model = models.build_model(meta["model"], meta["num_classes"], meta["in_channels"], **meta["arguments"])
-    models.check_state_dict(model.state_dict(), found["model"])
-    model.load_state_dict(found["model"])
-    model.to(device, memory_format=pick_memory_format(config["channels_last"], device))
-    return model.eval(), meta, device, dtype
-
-
-def run_evaluate(config, given):
-    """Score each checkpoint of --evaluate, then print them, side by side too, and write --output and pictures."""
-    results, best, drawn = [], None, None
-    for path in config["evaluate"]:
-        result, task, pictures = score(path, config, given)
-        split = "" if result["split"] == "all" else f"{result['split']} "
-        head = f"{path} on {result['samples']:,} {split}{task.unit}"
-        lines = [f"{head}{', with --tta' * result['tta']}: {metrics_line(result, task)}"]
-        if len(config["evaluate"]) == 1:
-            lines += ["  " + line for line in utils.report_lines(result, task.unit)]
-        if best is None or result.get(task.monitor, 0) > results[best].get(task.monitor, 0):
-            best, drawn = len(results), pictures  # the only one whose images are kept
-        results.append(result | {"lines": lines})
-    print("\n".join(line for result in results for line in result.pop("lines")))
-    scalars = [{k: v for k, v in result.items() if not isinstance(v, list | np.ndarray)} for result in results]
-    if len(results) > 1:
-        print("\n".join(["", *utils.side_by_side(scalars)]))
-        if utils.same_data(scalars):
-            print(f"highest {task.monitor}: {results[best]['checkpoint']}")
-    if config["output"]:
-        path = Path(config["output"])
-        if path.suffix == ".csv":
-            utils.write_csv(path, scalars)
-        else:
-            utils.write_json(path, results[0] if len(results) == 1 else results)
-        print(f"written    {', '.join(map(str, [path, *utils.draw_report(path, results[best], drawn)]))}")
-    return 0
-
-
-def score(path, config, given):
-    """({"checkpoint", "data", "split", "samples", "tta", metrics…}, its Task, what pictures need) of one checkpoint.
-
-    On test, or on val where there is none.
-    """
-    model, meta, device, dtype = load_model(path, config)
-    family = FAMILIES[meta["model"]]
-    stored = {**meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
-    # another --data is looked at as it is; another seed or fraction would score samples that were trained on
-    source, name = family.to_score({**config, **stored, **({"data": given["data"]} if "data" in given else {})}, given)
-    if source.classes != meta["classes"]:
-        raise ValueError(f"--data: its classes {source.classes[:5]} are not the checkpoint's {meta['classes'][:5]}")
-    if name is None:
-        raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
-    split = source.splits[name]
-    if len(split.images.shape) == 4 and split.images.shape[-1] != meta["in_channels"]:
-        raise ValueError(f"--data: {split.images.shape[-1]} channels, the checkpoint has {meta['in_channels']}")
-    batch_size = scoring_batch(config)
-    batches = data.batches(split, batch_size, device, utils.free_bytes(device) // 4, config["workers"])
-    task, views = family.task(config), family.views if config["tta"] else None
-    run = partial(apply, model, prepare=family.prepare(meta, pick_memory_format(config["channels_last"], device)),
-                  dtype=dtype, views=views)  # fmt: skip
-    one = next(iter(batches(torch.arange(1))))
-    once = lambda: [outputs.flatten()[0].item() for outputs, _ in run([one])]  # .item() waits for the device
-    for _ in range(3):
-        once()
-    latency = np.array([timed(once) for _ in range(30)]) * 1e3
-    order = torch.arange(len(split))
-    for _ in run(batches(order[:batch_size])):
-        pass  # the first pass at a size takes longer
-    bar = tqdm(total=len(split), desc=Path(path).name, unit=task.unit, leave=False, disable=config["quiet"] or None)
-    pairs, began = [], time.perf_counter()
-    with contextlib.closing(bar):
-        for outputs, targets in run(batches(order)):
-            pairs.append((outputs.cpu(), targets.cpu()))
-            bar.update(len(targets))
-    seconds = time.perf_counter() - began
-    result, drawn = family.report(pairs, task)
-    if drawn is not None:
-        drawn = (*drawn, split.images, meta)
-        for row, label in zip(result["per_class"], meta["classes"]):
-            row["class"] = label
-    name = "all" if name == "train" else name  # a puzzle file is scored whole
-    speed = {"latency_ms": np.median(latency), "latency_p95_ms": np.percentile(latency, 95),
-             "samples_per_second": len(split) / seconds, "batch_size": batch_size}  # fmt: skip
-    about = {"checkpoint": str(path), "data": source.description, "split": name, "samples": len(split)}
-    return {**about, "tta": config["tta"], **result, **speed}, task, drawn
-
-
-def scoring_batch(config):
-    """Samples at once where nothing is kept for a backward pass."""
-    return 32 if config["batch_size"] == "auto" else 2 * config["batch_size"]
-
-
-def run_predict(config):
-    """Apply the checkpoint of --predict to --input; exit status."""
-    if not config["input"]:
-        raise ValueError("--predict: needs --input PATH, of pictures or a file of puzzles")
-    model, meta, device, dtype = load_model(config["predict"], config)
-    puzzles, suffix = meta["model"] == "sudoku_gnn", Path(config["output"] or "").suffix
-    if suffix == ".json" and puzzles or suffix in (".sdm", ".sdk") and not puzzles:
-        kinds = ".csv, .sdm or .sdk" if puzzles else ".csv or .json"
-        raise ValueError(f"--output {config['output']}: {meta['model']} writes {kinds}; choose another name")
-    return FAMILIES[meta["model"]].predict(model, meta, device, dtype, config)
-
-
-def run_export(config):
-    """Write the checkpoint of --export to --output by torch.export, with raw bytes in and probabilities out.
-
-    The batch is dynamic. What was written is compared with the model first, read back, at two batch sizes.
-    """
-    if not config["output"]:
-        raise ValueError("--export: needs --output FILE.pt2 or FILE.onnx")
-    output = Path(config["output"])
-    if output.suffix == ".onnx" and (missing := utils.missing("onnx", "onnxscript")):
-        raise ValueError(f"--output {output}: needs the packages {missing}: pip install {missing}")
-    model, meta, *_ = load_model(config["export"], {**config, "device": "cpu", "channels_last": False})
-    deployed = models.Deployed(model, meta["mean"], meta["std"]).eval()
-    for module in model.modules():
-        if isinstance(module, models.Conv2d):
-            module.tuned_on = ()  # a convolution as it is, whatever will run it
-    size, channels = meta["image_size"], meta["in_channels"]
-    shape, top = ((81,), 10) if meta["model"] == "sudoku_gnn" else ((size, size, channels), 256)
-    example = lambda count: torch.from_numpy(np.random.default_rng(count).integers(0, top, (count, *shape), np.uint8))
-    facts = {name: meta[name] for name in ("model", "classes", "image_size", "stored_size", "mean", "std")}
-    if meta["model"] == "sudoku_gnn":
-        print(f"exporting {meta['arguments']['message_steps']} unrolled steps, about a minute", flush=True)
-    content, call = utils.exported(deployed, example(2), output.suffix, facts)
-    for count in (1, 3):
-        with torch.inference_mode():
-            expected = deployed(example(count))
-        if not torch.allclose(call(example(count)), expected, atol=1e-4):
-            raise ValueError(f"--export: the exported model differs from {config['export']}; nothing was written")
-    utils.write_atomic(output, content)
-    print(f"{output}: {len(content) / 2**20:.1f} MiB, uint8 {['batch', *shape]} to probabilities, equal to the model's")
-    return 0
-
-
-def timed(call):
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name that the code page of a terminal lacks
+        stream.reconfigure(errors="backslashreplace")  # for names outside a terminal's code page
     sys.exit(main())

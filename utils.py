@@ -1,15 +1,18 @@
-"""Evidence of a run: checkpoints, run folders, locks, logs, curves, probes of the device, agreement of processes.
+"""Evidence of a run: checkpoints, logs, flags, metrics, pictures; devices, processes, copying.
 
-Any piece here works alone: this file imports torch, numpy, tqdm and the standard library only
-(tensorboard, wandb and matplotlib where a function needs them).
+Imports torch, numpy, tqdm and the standard library; others only in the functions that need them.
 """
 
+import argparse
+import ast
 import contextlib
 import csv
 import ctypes
+import difflib
 import errno
 import functools
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -18,8 +21,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import symtable
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -35,14 +41,13 @@ from tqdm import tqdm
 FORMAT_VERSION = 1
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 def write_atomic(path, content, previous=None):
-    """Replace the file at `path` by `content` (bytes), so that either the old or the new one is whole.
+    """Replace the file at `path` by `content` (bytes). At any time the old or the new one is whole.
 
-    The old one becomes `previous` where a name is given, once the new one is on the disk and reads back alike (from
-    the system's memory: what the disk itself loses later, `load_checkpoint` tells).
+    The old file is renamed to `previous` if that name is given. An OSError names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -51,17 +56,15 @@ def write_atomic(path, content, previous=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if temporary.read_bytes() != content:
-            raise OSError(errno.EIO, "what was written reads back otherwise; the disk may be failing", str(path))
         if previous is not None and path.exists():
             os.replace(path, path.with_name(previous))
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # not the temporary; a write that fails names none
+        error.filename = str(path)  # in place of the temporary; a failed write names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # Windows opens no folder; its rename is journalled
+    if os.name == "posix":  # Windows cannot open folders, and journals its renames
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -72,8 +75,7 @@ def write_atomic(path, content, previous=None):
 def save_checkpoint(path, checkpoint):
     """Write `checkpoint` (nested dicts and lists of tensors and primitives) to `path`, atomically.
 
-    A file that stands there becomes `previous.pt` where its name is `last.pt`. Raises ValueError,
-    with nothing written, where any tensor holds a NaN or an infinity.
+    An existing `last.pt` becomes `previous.pt`. ValueError if a tensor holds a NaN or an infinity.
     """
     path = Path(path)
     for name, tensor in tensors(checkpoint):
@@ -85,7 +87,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def tensors(tree, name=""):
-    """(name, tensor) of all that nested dicts and lists hold."""
+    """Yields (name, tensor) for each tensor in nested dicts, lists and tuples."""
     if isinstance(tree, torch.Tensor):
         yield name, tree
     elif isinstance(tree, dict | list | tuple):
@@ -94,66 +96,72 @@ def tensors(tree, name=""):
 
 
 def load_checkpoint(path, legacy=False):
-    """The checkpoint at `path`, on the CPU; ValueError in one line where it is none, damaged or too new.
+    """The checkpoint at `path`, on the CPU. Raises ValueError if it is missing, damaged or too new.
 
-    The archive's checksums are verified first: torch.load does not look at them, and of 400 flipped
-    bits it read 369 without a word. `legacy` admits what torch before 1.6 wrote, which has no archive.
+    The archive's checksums are verified first: torch.load ignores them, and read 369 of 400 files
+    with one flipped bit. `legacy` admits files of torch before 1.6, which are no archives.
     """
     path = Path(path)
     if not path.is_file():
         instead = path / "best.pt" if (path / "best.pt").is_file() else "a .pt file of a run"
         raise ValueError(f"{path}: no such checkpoint; give {instead}")
-    damaged = None
     try:
-        if not (legacy and not zipfile.is_zipfile(path)):
+        if zipfile.is_zipfile(path) or not legacy:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"damaged at {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and primitives, so it was not loaded") from None
-    except OSError:
+        raise ValueError(f"{path}: holds more than tensors and primitives; give another") from None
+    except (OSError, MemoryError):
         raise
-    except Exception as error:  # zipfile and torch raise nearly anything on damaged files, UnicodeDecodeError too
-        if out_of_memory(error) or "DataLoader" in str(error):  # no fault of the file
+    except Exception as error:  # damaged files make zipfile and torch raise almost any type
+        if re.search("memory|DataLoader", str(error)):  # the file is not at fault
             raise
-        raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one") from None
-    if damaged:
-        raise ValueError(f"{path}: damaged at {one_line(damaged)}; use another checkpoint of the run")
+        reason = one_line(error)
+        raise ValueError(f"{path}: not a whole checkpoint ({reason}); use another one") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
-    if checkpoint.get("format_version", 0) > FORMAT_VERSION:
-        raise ValueError(f"{path}: format {checkpoint['format_version']}, this kit reads up to {FORMAT_VERSION}")
+    version = checkpoint.get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version}, this kit reads up to {FORMAT_VERSION}")
     return checkpoint
 
 
 def load_newest(folder, needed=("step",), log=print, set_aside=True):
-    """The whole one of `last.pt` and `previous.pt` in `folder` with the highest step; None where there never was any.
+    """The checkpoint with the highest step of `last.pt` and `previous.pt`; None if there are none.
 
-    One that is damaged or lacks a key that is `needed` is told and set aside as `*.damaged`, where `set_aside` says so:
-    by a process that has the folder's `lock`. ValueError where there are some and none can be used.
+    A file that is damaged or lacks one of the keys `needed` is renamed to `*.damaged` and logged if
+    `set_aside`: only a process that holds the folder's `lock` may do that. ValueError if there are
+    files and none can be used.
     """
-    folder, found = Path(folder), []
-    for name in ("last.pt", "previous.pt"):
-        path = folder / name
+    folder, usable = Path(folder), []
+    for path in (folder / "last.pt", folder / "previous.pt"):
         try:
             checkpoint = load_checkpoint(path) if path.exists() else None
             if checkpoint and (absent := [key for key in needed if key not in checkpoint]):
                 raise ValueError(f"{path}: has no {absent[0]}, so it is no checkpoint of a run")
-            found += [checkpoint] if checkpoint else []
+            usable += [checkpoint] if checkpoint else []
         except OSError as error:
             log(f"warning: {path}: {error.strerror}; passed over")
         except ValueError as error:
-            if "this kit reads up to" in str(error):
-                raise  # whole, and another version's
+            if "this kit reads up to" in str(error):  # a whole file of a later version
+                raise
             if set_aside:
                 names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
                 aside = next(name for name in names if not name.exists())
                 os.replace(path, aside)
                 log(f"warning: {error}; set aside as {aside.name}")
-    if not found and [*folder.glob("*.damaged*"), *folder.glob("last.pt"), *folder.glob("previous.pt")]:
-        raise ValueError(f"--resume {folder.name}: its checkpoints are damaged or cannot be read; start anew, perhaps "
-                         f"with --pretrained {folder / 'best.pt'}")  # fmt: skip
-    return max(found, key=lambda checkpoint: checkpoint["step"]) if found else None
+    if not usable and has_checkpoints(folder):
+        raise ValueError(f"--resume {folder.name}: its checkpoints are damaged or cannot be read; "
+                         f"start anew, perhaps with --pretrained {folder / 'best.pt'}")
+    return max(usable, key=lambda checkpoint: checkpoint["step"], default=None)
+
+
+def has_checkpoints(folder):
+    """Whether `folder` holds the state of a run, be it damaged."""
+    patterns = ("last.pt", "previous.pt", "*.damaged*")
+    return any(path for pattern in patterns for path in Path(folder).glob(pattern))
 
 
 def one_line(error):
@@ -161,30 +169,78 @@ def one_line(error):
     return (repr(str(error))[1:-1].split("\\n")[0] or type(error).__name__)[:200]
 
 
-# ---------------------------------------------------------------------------- run folder and logs
+# --------------------------------------------------------------------------- run folder and logs
+
+
+def find_run(runs, name):
+    """The folder of the run to resume: `name` or runs/name; for "" the unfinished run started last.
+
+    A run started when its config.json was written. Raises ValueError if there is no such run.
+    """
+    runs = Path(runs)
+    for folder in (Path(name), runs / name) if name else ():
+        if has_checkpoints(folder):
+            return folder
+    if name:
+        others = sorted(path.name for path in runs.glob("*") if has_checkpoints(path))
+        raise ValueError(f"--resume {shorten(name)}: no such run with a checkpoint; in "
+                         f"{runs.resolve()} there are {', '.join(others[-5:]) or 'none'}")
+    for path in sorted(runs.glob("*/config.json"), key=lambda path: -path.stat().st_mtime_ns):
+        # nothing is set aside: another process may hold the run
+        newest = load_newest(path.parent, ("step", "finished"), set_aside=False)
+        if newest and not newest["finished"]:
+            return path.parent
+    raise ValueError(f"--resume: no unfinished run with a checkpoint in {runs.resolve()}; start "
+                     "one without --resume")
+
+
+def dated_name(model):
+    """A run's name from its model and the first process's clock."""
+    now = torch.tensor(time.time() * (world()[0] == 0), dtype=torch.float64)
+    return f"{model}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(all_reduce(now).item()))}"
+
+
+def check_unused(folder):
+    """ValueError if a folder holds more than what a run leaves that was killed before it began."""
+    files = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    if any(file.name != "lock" and file.suffix != ".partial" for file in files):
+        raise ValueError(f"--run_name {folder.name}: {folder} exists; choose another name, or "
+                         f"--resume {folder.name}")
+
+
+def holds_better(path, monitor, row):
+    """Whether the weights at `path` are better than `row`: from an epoch lost in a crash."""
+    try:
+        old, new = load_checkpoint(path)["metrics"][monitor], row[monitor]
+        return old > new if higher_is_better(monitor) else old < new
+    except (ValueError, KeyError, TypeError):  # no such file, or a damaged one
+        return False
 
 
 def check_room(folder, needed=0):
-    """ValueError unless files of `needed` bytes can be written below `folder`, which need not exist yet."""
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{folder}: {there} is no folder that can be written to; give another, or its rights")
-    free = shutil.disk_usage(there).free
+    """ValueError unless `needed` bytes can be written below `folder`, which need not exist yet."""
+    path = Path(folder).absolute()
+    parent = next(place for place in (path, *path.parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{folder}: {parent} is no folder that can be written to; give another")
+    free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ValueError(f"{folder}: needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free; make room there")
+        raise ValueError(f"{folder}: needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are "
+                         "free; make room there")
 
 
 def lock(folder):
-    """The open file `lock` in `folder`, with this process's pid and host: the folder is its own until that is closed.
+    """The open file `lock` in `folder`, with this process's pid and host: locked until closed.
 
-    ValueError where another process has it. It is the system's lock, so it ends with its process, however that ends.
+    The system unlocks it when the process ends. ValueError if another process has locked it.
+    Partial files of killed processes are removed.
     """
     file = open(Path(folder) / "lock", "a+", encoding="utf-8")
     try:
         if os.name == "nt":
             import msvcrt
 
-            file.seek(2**20)  # past what is read below: Windows lets nobody read what is locked
+            file.seek(2**20)  # beyond the text: Windows lets nobody read locked bytes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -192,111 +248,113 @@ def lock(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return file  # a file system without locks
-        with file:
-            file.seek(0)
-            raise ValueError(f"{folder}: in use by {file.read().strip()}; wait for it, or choose another run") from None
+            return file  # the file system has no locks
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ValueError(f"{folder}: in use by {holder}; wait, or choose another run") from None
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
-    for stale in Path(folder).glob(".*.partial"):  # of a process that was killed while it wrote
-        stale.unlink()
+    for partial in Path(folder).glob(".*.partial"):
+        partial.unlink()
     return file
 
 
 def environment():
-    """What a result depends on beside its config: versions, machine, git commit (empty where none is)."""
+    """What a result depends on beside its flags: versions, machine, git commit ("" if unknown)."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "platform": platform.platform(), "gpu": gpu, "threads": torch.get_num_threads(), "git_commit": commit,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": world()[1], "launcher": launcher(),
-    }  # fmt: skip
-
-
-def launcher():
-    """What tells one torchrun from another; empty where there is none."""
-    return f"pid {os.getppid()} on {platform.node()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "platform": platform.platform(), "gpu": gpu,
+            "threads": torch.get_num_threads(), "git_commit": commit,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": world()[1]}
 
 
 def logger(path=None, past=()):
-    """A function log(line): to the terminal, above any bar, and to the file at `path` where given.
+    """A function log(line) for the terminal, above any progress bar, and for the file at `path`.
 
-    `past` holds lines that the terminal has had and the file has not. Of several processes the first alone logs.
-    A line that cannot be written is left out: the run matters more.
+    `past` lines were printed before the file existed. Only the first of several processes logs.
     """
-    if world()[0]:
-        return lambda line: None
-    if past:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in past)
 
-    def log(line):
-        with contextlib.suppress(OSError):  # of a terminal that was closed
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+    def log(line, terminal=True):
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk does not end the run
+            if terminal:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
         if path is not None:
-            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # of a disk that is full
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    if world()[0]:
+        return lambda line: None
+    for line in past:
+        log(line, terminal=False)
     return log
 
 
+def progress_bar(title, total, unit, quiet=False):
+    """A tqdm bar; none for under 100 samples, nor in other processes than the first."""
+    hidden = quiet or total < 100 or world()[0] > 0
+    return tqdm(desc=title, total=total, unit=unit, leave=False, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 5, disable=hidden)
+
+
+def show(bar, text_of, *arguments):
+    """Show text_of(*arguments) in a bar, at the bar's own rate: making it may wait for the GPU."""
+    now = time.monotonic()
+    if not bar.disable and now - getattr(bar, "shown_at", -math.inf) >= bar.mininterval:
+        bar.shown_at = now
+        bar.set_postfix_str(text_of(*arguments), refresh=False)
+
+
+def write_results(path, results):
+    """Write dicts to `path`: to .csv only their scalars, to .json all, one result by itself."""
+    if str(path).endswith(".csv"):
+        write_csv(path, list(map(scalars, results)))
+    else:
+        write_json(path, results if len(results) > 1 else results[0])
+
+
+def scalars(result):
+    return {name: x for name, x in result.items() if not isinstance(x, list | np.ndarray)}
+
+
 def write_csv(path, rows):
-    """Write dicts to `path` whole, with a column for each key of any of them: a resumed run leaves no row twice."""
+    """Write dicts to `path` as one CSV file, with a column for each key of any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode(errors="backslashreplace"))  # of names that are not UTF-8
+    write_atomic(path, text.getvalue().encode(errors="backslashreplace"))  # file names may be bytes
 
 
 def write_json(path, value):
-    """Write `value`, which may hold numpy's numbers and arrays, to `path`."""
-    write_atomic(path, (json.dumps(value, indent=2, default=lambda array: array.tolist()) + "\n").encode())
+    """Write `value`, which may hold numpy numbers and arrays, to `path` as JSON."""
+    text = json.dumps(value, indent=2, default=lambda array: array.tolist())
+    write_atomic(path, (text + "\n").encode())
 
 
 def missing(*packages):
-    """The names of those that are not installed, with spaces between."""
-    return " ".join(package for package in packages if importlib.util.find_spec(package) is None)
+    """The names of the packages that are not installed, separated by spaces."""
+    return " ".join(name for name in packages if importlib.util.find_spec(name) is None)
 
 
 def trackers_available(tensorboard=False, wandb=False):
-    """ValueError, before anything is written, where a tracker that is asked for is not installed."""
-    for wanted, flag, *packages in ((tensorboard, "tensorboard", "tensorboard"), (wandb, "wandb", "wandb", "PIL")):
-        if wanted and (absent := missing(*packages).replace("PIL", "pillow")):
+    """ValueError if a tracker that was asked for is not installed."""
+    for flag, asked, packages in (("tensorboard", tensorboard, ["tensorboard"]),
+                                  ("wandb", wandb, ["wandb", "PIL"])):
+        if asked and (absent := missing(*packages).replace("PIL", "pillow")):
             raise ValueError(f"--{flag} needs the package {absent}: pip install {absent}")
 
 
-def read_metrics(path):
-    """The rows of a metrics.csv as dicts of numbers, without what was not measured; ValueError for another file."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-        if not rows or not all({"epoch", "lr", "train_loss"} <= row.keys() for row in rows):
-            raise ValueError
-    except (ValueError, TypeError, AttributeError, csv.Error):
-        raise ValueError(f"{path}: no metrics.csv of a run; it needs rows with epoch, lr and train_loss") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the metrics.csv of a run") from None
-    return rows
-
-
-def curves(path, png=None):
-    """Draws the metrics.csv at `path` to `png`, or to curves.png beside it: its path, or None without matplotlib."""
-    rows, png = read_metrics(path), png or Path(path).with_name("curves.png")
-    metric = next((name for name in ("accuracy", "solve_rate") if f"train_{name}" in rows[0]), "loss")
-    return png if save_history(png, rows, metric) else None
-
-
 def trackers(folder, config, tensorboard=False, wandb=False):
-    """A list of functions track(step, {name: value}), one a tracker asked for.
+    """A list of functions track(step, {name: value}), one for each tracker that was asked for.
 
     A value is a number, a text of several lines, or a picture uint8 [H, W, 3].
     """
@@ -304,19 +362,7 @@ def trackers(folder, config, tensorboard=False, wandb=False):
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder))
-
-        def to_tensorboard(step, values):
-            for name, value in values.items():
-                if isinstance(value, str):
-                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # as code, in its columns
-                elif isinstance(value, np.ndarray):
-                    writer.add_image(name, value, step, dataformats="HWC")
-                else:
-                    writer.add_scalar(name, value, step)
-            writer.flush()
-
-        tracks.append(to_tensorboard)
+        tracks.append(functools.partial(track_tensorboard, SummaryWriter(str(folder))))
     if wandb:
         import wandb as client
 
@@ -324,46 +370,541 @@ def trackers(folder, config, tensorboard=False, wandb=False):
         try:
             run = client.init(dir=str(folder), name=name, id=name, resume="allow", config=config)
         except client.Error as error:
-            raise OSError(f"--wandb: {one_line(error)}; log in, or set WANDB_MODE=offline") from None
-        kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
-        plain = lambda value: kinds.get(type(value), lambda number: number)(value)
-        tracks.append(lambda step, values: run.log({name: plain(value) for name, value in values.items()}, step=step))
+            reason = one_line(error)
+            raise OSError(f"--wandb: {reason}; log in, or set WANDB_MODE=offline") from None
+        tracks.append(functools.partial(track_wandb, client, run))
     return tracks
 
 
-def text_plot(x, y, marks=(), width=64, height=12):
-    """Lines of ASCII: y (a list of floats) against log10 of x, with a `|` column at each x in `marks`."""
-    x, y = np.log10(np.asarray(x, float)), np.asarray(y, float)
-    top = min(y.max(), 1.5 * y[: max(1, len(y) // 4)].max())  # a diverging end would flatten the rest
-    y = np.minimum(y, top)
-    low, span = y.min(), max(top - y.min(), 1e-12)
-    place = lambda v: np.clip((v - x[0]) / max(x[-1] - x[0], 1e-12) * (width - 1), 0, width - 1).round().astype(int)
-    canvas = np.full((height, width), " ")
-    for mark in marks:
-        canvas[:, place(np.log10(mark))] = "|"
-    canvas[((top - y) / span * (height - 1)).round().astype(int), place(x)] = "*"
-    labels = {0: f"{top:9.3f}", height - 1: f"{low:9.3f}"}
-    lines = [f"{labels.get(i, ''):>9} {''.join(row)}" for i, row in enumerate(canvas)]
-    return [*lines, f"{'':10}{10 ** x[0]:<{width - 8}.1e}{10 ** x[-1]:>8.1e}"]
+def track_tensorboard(writer, step, values):
+    for name, value in values.items():
+        if isinstance(value, str):  # as a code block, which keeps its columns
+            writer.add_text(name, "    " + value.replace("\n", "\n    "), step)
+        elif isinstance(value, np.ndarray):
+            writer.add_image(name, value, step, dataformats="HWC")
+        else:
+            writer.add_scalar(name, value, step)
+    writer.flush()
 
 
-# ---------------------------------------------------------------------------------------- pictures
-# Each draws with matplotlib, without a window, and gives back False where that is not installed.
+def track_wandb(client, run, step, values):
+    kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
+    plain = lambda value: kinds[type(value)](value) if type(value) in kinds else value
+    run.log({name: plain(value) for name, value in values.items()}, step=step)
+
+
+def metrics_line(numbers, formats):
+    """The loss and the metrics of `formats` {name: format} in `numbers`, with their levels."""
+    parts = []
+    for name, form in {"loss": "{:.4f}", **formats}.items():
+        if name in numbers:
+            levels = [f"{key[len(name) + 1 :]} {form.format(value)}"
+                      for key, value in numbers.items() if key.startswith(f"{name}_")]
+            more = f" ({', '.join(levels)})" if len(levels) > 1 else ""
+            parts.append(f"{name} {form.format(numbers[name])}{more}")
+    return ", ".join(parts)
+
+
+def epoch_line(row, formats, monitor, unit, epochs, new_best):
+    """The log's line for one epoch, given its row of metrics.csv.
+
+    Each split shows the loss and `monitor`. The EMA, or without it the validation, shows all
+    metrics of `formats` and the levels of `monitor`.
+    """
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+    detailed = "ema" if "ema_loss" in row else "val"
+    for split in ("train", "val", "ema", "swa"):
+        names = ["loss", monitor]
+        if split == detailed:
+            names += [*formats, *(monitor + level for level in SUDOKU_LEVELS)]
+        numbers = {name: row[f"{split}_{name}"] for name in names if f"{split}_{name}" in row}
+        if numbers:
+            parts.append(f"{split} {metrics_line(numbers, formats)}")
+    parts.append(f"{row['seconds']:.1f} s")
+    parts.append(f"{row['samples_per_second']:,.0f} {unit}/s")
+    parts.append(f"lr {row['lr']:.2e}")
+    if row["bad_steps"]:
+        parts.append(f"{row['bad_steps']} bad steps")
+    return " | ".join([*parts, "new best"] if new_best else parts)
+
+
+@contextlib.contextmanager
+def catch_signals(gently=True):
+    """Yields a list that receives the number of SIGINT, SIGTERM or SIGHUP; a second ends at once.
+
+    Without `gently` the first signal raises KeyboardInterrupt with its number.
+    """
+    received, before = [], {}
+
+    def handle(number, frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        if not gently:
+            raise KeyboardInterrupt(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            before[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------ flags and presets
+
+
+def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, word=None):
+    """An argparse type: a finite int or float (`kind`) within bounds, or the string `word`."""
+    bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+    bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
+    wanted = ["an integer" if kind is int else "a number", " and ".join(bounds)]
+    wanted = " ".join(filter(None, wanted)) + (f" or {word}" if word else "")
+
+    def parse(text):
+        if word and text == word:
+            return text
+        try:
+            value = kind(text)
+            inside = low <= value <= high and math.isfinite(value)
+        except (ValueError, OverflowError):
+            inside = False
+        if not inside or (open_low and value == low) or (open_high and value == high):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shorten(text)}")
+        return value
+
+    return parse
+
+
+def boolean(text):
+    """An argparse type: True or False, also in lower case."""
+    if text not in ("True", "False", "true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, got {shorten(text)}")
+    return text in ("True", "true")
+
+
+def file_path(text):
+    """An argparse type: the text itself if a file could have that name."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: no such file or folder; give a path")
+    try:
+        longest = max(map(len, os.fsencode(text).split(b"/")))
+    except UnicodeEncodeError:  # half a surrogate pair
+        longest = math.inf
+    if "\0" in text or longest > 255 or len(text) > 4080:  # what file systems take
+        raise argparse.ArgumentTypeError(f"is a name that no file can have, got {shorten(text)}; "
+                                         "give another")
+    return text
+
+
+def run_name(text):
+    """An argparse type: a folder name that every file system takes and that cannot leave runs/."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) or re.search(r"\.\.|\.$", text):
+        raise argparse.ArgumentTypeError("must be 1 to 64 letters, digits, '.', '_' or '-', the "
+                                         f"first a letter or digit, got {shorten(text)}")
+    if re.match(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", text.upper()):
+        raise argparse.ArgumentTypeError(f"is a reserved name on Windows, got {shorten(text)}; "
+                                         "choose another")
+    return text
+
+
+def shorten(text):
+    """The repr of a user's input, cut to 80 characters."""
+    return repr(text) if len(repr(text)) <= 80 else repr(text)[:77] + "..."
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, after the text `where`, with exit status 2."""
+
+    where = ""
+
+    def error(self, message):
+        fail(self.where + message.removeprefix("argument "))
+
+
+def fail(message):
+    """End the program with exit status 2 and one line on standard error."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if len(line) > 1000:  # the end says what to do
+        line = f"{line[:700]} ... {line[-250:]}"
+    rank = os.environ.get("RANK", "0")
+    process = f"process {rank}: " if rank != "0" else ""
+    print(f"error: {process}{line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def message_of(error):
+    """The message for a ValueError or an OSError; an OSError's path comes first."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    hint = "look at the path and at who may use it"
+    if error.errno == errno.ENOSPC:
+        hint = "make room there"
+    return f"{error.filename}: {error.strerror}; {hint}"
+
+
+def nearest(name, names):
+    """A question after the one of `names` that is most like `name`."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "see --help"
+
+
+def check_output(path, suffixes, inputs=()):
+    """ValueError unless the --output file `path` can be written; `inputs` are paths or None."""
+    path = Path(path)
+    if len(os.fsencode(path.name)) > 200:  # the temporary's name is longer, and 255 is the limit
+        raise ValueError(f"--output {path}: must be a name of at most 200 bytes; shorten it")
+    if path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--output {path}: must be a {' or '.join(suffixes)} file in a folder "
+                         "that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: its folder cannot be written to; choose another")
+    for other in filter(None, inputs):
+        if path.exists() and Path(other).exists() and path.samefile(other):
+            raise ValueError(f"--output {path}: is an input too; choose another name")
+
+
+def read_preset(path, name):
+    """The preset `name` of the JSON file `path`, as a dict. Raises ValueError in one line."""
+    try:
+        if not path.exists():
+            raise ValueError("no such file; presets are read from it")
+        if path.is_file() and path.stat().st_size > 2**20:
+            raise ValueError(f"over {2**20:,} bytes; a preset is one short object")
+        presets = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys,
+                             parse_constant=no_constant)
+        if not isinstance(presets, dict) or not all(type(x) is dict for x in presets.values()):
+            raise ValueError('must be an object of objects, {"name": {"flag": value}}')
+        preset_words(presets.get(name, {}))
+    except OSError as error:
+        raise ValueError(message_of(error)) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not UTF-8 at byte {error.start}; convert it") from None
+    except json.JSONDecodeError as error:
+        place = f"{path.name}:{error.lineno}:{error.colno}"
+        raise ValueError(f"{place}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep; a preset is flat" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path.name}: {reason}") from None
+    if name not in presets:
+        names = ", ".join(presets) or "none"
+        raise ValueError(f"--config {shorten(name)} is no preset; there are {names}")
+    return presets[name]
+
+
+def unique_keys(pairs):
+    """The dict of the (key, value) pairs of a JSON object. ValueError if a key stands twice."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {shorten(key)} stands twice; remove one")
+        found[key] = value
+    return found
+
+
+def no_constant(text):
+    raise ValueError(f"{text} is no number for JSON; give a finite one")
+
+
+def preset_words(preset):
+    """Words of a command line for a preset. Raises ValueError for values that no flag can have.
+
+    {"epochs": 3, "model_args": {"widths": [24, 64]}} gives --epochs=3 --model_args widths=24,64.
+    """
+    words = []
+    for key, value in preset.items():
+        nested = isinstance(value, dict)
+        words += [f"--{key}"] if nested else []
+        for name, inner in value.items() if nested else [(f"--{key}", value)]:
+            items = inner if nested and isinstance(inner, list) else [inner]
+            words.append(f"{name}={','.join(map(str, items))}")
+            if not items or not all(isinstance(item, str | int | float) for item in items):
+                value = None
+        if value in (None, {}) or not re.fullmatch(r"[a-z]\w*", key):
+            raise ValueError(f"{shorten(key)} must be a flag, and its value a string, a number, "
+                             "true, false, or an object of those and of lists of numbers")
+    return words
+
+
+def keyword_arguments(words, function, flag, reserved=("num_classes", "in_channels")):
+    """{name: value} of KEY=VALUE words, for the parameters of `function` that have defaults.
+
+    A value has the type of the default; a tuple is written as integers with commas. The caller
+    sets the `reserved` parameters itself. Raises ValueError that begins with `flag`.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters
+                if p.default is not p.empty and p.name not in reserved}
+    types, values = {bool: boolean, int: number(int), float: number(float)}, {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name in values:
+            raise ValueError(f"{flag} {shorten(word)}: must be KEY=VALUE, each key once")
+        if name not in defaults:
+            raise ValueError(f"{flag} {shorten(name)}: is no argument; there are "
+                             f"{', '.join(defaults)}; {nearest(name, defaults)}")
+        default = defaults[name]
+        try:
+            if isinstance(default, tuple):
+                values[name] = tuple(map(int, text.split(",")))
+                if len(values[name]) != len(default):
+                    raise ValueError
+            else:
+                values[name] = types.get(type(default), str)(text)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{flag} {name}: {error}") from None
+        except ValueError:
+            raise ValueError(f"{flag} {name}: must be {len(default)} integers with commas, got "
+                             f"{shorten(text)}") from None
+    return values
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def higher_is_better(monitor):
+    """Whether higher values of the metric `monitor` are better."""
+    lower = ("loss", "violations", "entropy", "error", "latency")
+    return not any(word in monitor for word in lower)
+
+
+def image_metrics(logits, labels):
+    """(right predictions [1], their number) for logits float [B, K] and labels int64 [B].
+
+    For labels that are shares float [B, K], a prediction counts with the share of its class.
+    """
+    chosen = logits.argmax(1)
+    right = chosen == labels if labels.ndim == 1 else labels.gather(1, chosen[:, None])[:, 0]
+    return right.sum(0, keepdim=True), len(labels)
+
+
+def classification_report(p, labels, names):
+    """A dict of metrics of probabilities p float [N, K] for labels int [N], numpy arrays, N > 0.
+
+    `macro_…` are means over all K classes, `weighted_…` means by samples; a ratio of 0 samples is
+    0, as in scikit-learn. `mean_average_precision` is of one class against the others,
+    over the classes that occur. `entropy` is in nats. `per_class` is a list of a dict for each of
+    the K `names`, `confusion_matrix` has counts [true][predicted].
+    """
+    count, classes = p.shape
+    order = (-p).argsort(1, kind="stable")[:, :5]
+    matrix = np.bincount(labels * classes + order[:, 0], minlength=classes**2)
+    matrix = matrix.reshape(classes, classes)
+    right, support, chosen = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    scores = {"precision": ratio(right, chosen), "recall": ratio(right, support),
+              "f1": ratio(2 * right, support + chosen)}
+    means = {f"macro_{name}": score.mean() for name, score in scores.items()}
+    means |= {f"weighted_{name}": score @ support / count for name, score in scores.items()}
+    precision = np.array([average_precision(p[:, k], labels == k) for k in range(classes)])
+    scores |= {"average_precision": precision, "samples": support, "class": names}
+    return {
+        "accuracy": right.sum() / count,
+        "top5_accuracy": (order == labels[:, None]).any(1).mean(),
+        **means,
+        "mean_average_precision": precision[support > 0].mean(),
+        "calibration_error": calibration(p, labels)[0],
+        "confidence": p.max(1).mean(),
+        "entropy": -(p * np.log(p.clip(np.finfo(np.float32).tiny))).sum(1).mean(),
+        "per_class": [dict(zip(scores, values)) for values in zip(*scores.values())],
+        "confusion_matrix": matrix,
+    }
+
+
+def ratio(a, b):
+    """a / b, and 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros(len(b)), where=b > 0)
+
+
+def average_precision(scores, positive):
+    """Mean precision over the positives at each threshold of `scores` [N]; 0 without positives.
+
+    Samples of equal score count together.
+    """
+    order = (-scores).argsort(kind="stable")
+    last_of_score = np.append(np.diff(scores[order]) != 0, True)
+    hits = positive[order].cumsum()[last_of_score]
+    rank = np.flatnonzero(last_of_score) + 1
+    return float((np.diff(hits, prepend=0) * hits / rank).sum() / max(1, positive.sum()))
+
+
+def calibration(p, labels, bins=15):
+    """(expected calibration error, confidence [bins], accuracy [bins], share of samples [bins]).
+
+    Bins have equal widths. The error is the mean distance of a bin's accuracy and mean confidence,
+    weighted by its share (Guo et al. 2017, arXiv:1706.04599).
+    """
+    confidence, right = p.max(1).astype(float), p.argmax(1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    share, sure, good = (np.bincount(index, weights, bins) / len(p)
+                         for weights in (np.ones(len(p)), confidence, right))
+    return float(np.abs(good - sure).sum()), ratio(sure, share), ratio(good, share), share
+
+
+SUDOKU_SCORES = ("solve_rate", "violations", "cell_accuracy", "confidence", "entropy")
+SUDOKU_LEVELS = ("", "_easy", "_medium", "_hard")
+SUDOKU_METRICS = tuple(score + level for level in SUDOKU_LEVELS for score in SUDOKU_SCORES)
+
+
+def sudoku_metrics(logits, labels):
+    """(numerators float [20], denominators int64 [20]) of SUDOKU_METRICS over a batch.
+
+    The last of logits [S, B, 81, 9] counts. Labels are integers [B, 82]: the digit of each blank, 0
+    for a clue, and last the level, 0 easy to 2 hard. Means over boards: `solve_rate`, the share
+    with all blanks right, and `violations`, the digits missing in rows, columns and boxes. Means
+    over blanks: `cell_accuracy`, `confidence` (largest probability) and `entropy` (nats).
+    """
+    answers, level = labels[:, :81].long(), labels[:, 81]
+    log_p = logits[-1].float().log_softmax(-1)
+    confidence, digit = log_p.max(-1)
+    blank = answers > 0
+    right = (digit + 1 == answers) & blank
+    board = torch.nn.functional.one_hot(digit, 9).view(-1, 9, 9, 9)  # [B, row, column, digit]
+    boxes = board.view(-1, 3, 3, 3, 3, 9).sum((2, 4))
+    units = (board.sum(1), board.sum(2), boxes)
+    violations = sum((counts == 0).flatten(1).sum(1) for counts in units)
+    blanks = blank.sum(1)
+    cells = (right, confidence.exp() * blank, -(log_p.exp() * log_p).sum(-1) * blank)
+    scores = [right.sum(1) == blanks, violations, *(score.sum(1) for score in cells)]
+    counts = [torch.ones_like(blanks)] * 2 + [blanks] * 3
+    groups = torch.stack([level >= 0, *(level == i for i in range(3))]).long()  # [4, B]
+    # products and sums give [4, 5] each; autocast would round a matrix product
+    return tuple((groups[:, None] * values).sum(2).flatten()
+                 for values in (torch.stack(scores).float(), torch.stack(counts)))
+
+
+# ----------------------------------------------------------------------------------- --evaluate
+
+
+def report_lines(result, unit):
+    """Lines with more metrics of a checkpoint, its speed, and a table of up to 20 classes."""
+    lines, rows = [], result.get("per_class", ())
+    floats = (float, np.floating)
+    text = {name: f"{x:.3f}" for name, x in result.items() if isinstance(x, floats)}
+    if rows:
+        means = [f"{mean} precision {text[f'{mean}_precision']}, recall {text[f'{mean}_recall']}, "
+                 f"F1 {text[f'{mean}_f1']}" for mean in ("macro", "weighted")]
+        top5 = [f"top-5 {result['top5_accuracy']:.2%}"] if len(rows) > 5 else []
+        lines.append(" | ".join(top5 + means))
+        lines.append("mean average precision {mean_average_precision} | calibration error "
+                     "{calibration_error}, confidence {confidence}, entropy {entropy}"
+                     .format(**text))
+    lines.append("{latency_ms:.1f} ms for one (p95 {latency_p95_ms:.1f}), "
+                 "{samples_per_second:,.0f} {unit}/s in batches of {batch_size}"
+                 .format(unit=unit, **result))
+    if len(rows) > 20:
+        lines.append(f"the 20 classes of {len(rows)} with the lowest F1; --output FILE.json holds "
+                     "all")
+        rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:20]
+    if rows:
+        width = max(5, *(len(row["class"]) for row in rows))
+        lines.append(f"{'class':{width}}  precision  recall     F1     AP  {unit}")
+    form = "{class:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {average_precision:5.3f}  "
+    return lines + [(form + "{samples:,}").format(width=width, **row) for row in rows]
+
+
+def same_data(results):
+    """Whether all results have the same samples and metrics, so that they can be compared."""
+    keys = {(row["data"], row["split"], row["samples"], *row) for row in results}
+    return len(keys) == 1
+
+
+def side_by_side(results):
+    """Lines of a table: a row for each metric, a column for each checkpoint.
+
+    A star marks the best value of a row if all were scored on the same data.
+    """
+    results = list(map(scalars, results))
+    plain = ("checkpoint", "data", "split", "samples", "tta", "batch_size")
+    comparable, paths = same_data(results), [Path(result["checkpoint"]) for result in results]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(Path(*path.parts[-2:])) for path in paths]
+    rows = [["", *names]]
+    for metric in dict.fromkeys(name for result in results for name in result if name not in plain):
+        values = [result.get(metric, math.nan) for result in results]
+        known = [value for value in values if not math.isnan(value)]
+        best = (max if higher_is_better(metric) else min)(known, default=None)
+        marked = comparable and not metric.startswith(("confidence", "entropy"))
+        cells = [f"{'*' if marked and value == best else ''}{value:.4f}" for value in values]
+        rows.append([metric, *("-" if cell == "nan" else cell for cell in cells)])
+    form = "{:24}" + "".join(f"{{:>{max(14, len(name) + 1)}}}" for name in names)
+    notes = [] if comparable else ["they were scored on different data, so none is marked"]
+    if comparable:
+        main = "accuracy" if "accuracy" in results[0] else "solve_rate"
+        best = max(results, key=lambda result: result.get(main, 0))
+        notes = [f"highest {main}: {best['checkpoint']}"]
+    return [form.format(*row) for row in rows] + notes
+
+
+def read_metrics(path):
+    """The rows of a metrics.csv as dicts of numbers, without empty cells. Raises ValueError."""
+    reason = "no metrics.csv of a run"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        if rows and all({"epoch", "lr", "train_loss"} <= row.keys() for row in rows):
+            return rows
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError, csv.Error):
+        pass
+    raise ValueError(f"{path}: {reason}; it needs rows with epoch, lr and train_loss")
+
+
+def draw_report(output, result, predictions):
+    """Draw pictures of a checkpoint's `result` beside the file `output`; their paths.
+
+    The learning curves need a metrics.csv beside the checkpoint. `predictions` is None or
+    (probabilities [N, K], labels [N], images uint8 [N, H, W, C], metadata); it gives the confusion
+    matrix, the reliability diagram and the most confident mistakes.
+    """
+    beside = lambda kind: output.with_name(f"{output.stem}-{kind}.png")
+    made, metrics = {}, Path(result["checkpoint"]).with_name("metrics.csv")
+    if metrics.is_file():
+        with contextlib.suppress(ValueError):  # damaged, or another program's
+            made["curves"] = curves(metrics, beside("curves"))
+    if predictions is not None:
+        p, labels, images, meta = predictions
+        names = [short(name) for name in meta["classes"]]
+        title = f"{result['checkpoint']} on {result['split']}"
+        title += ", with --tta" if result["tta"] else ""
+        matrix = result["confusion_matrix"]
+        made["confusion"] = save_confusion(beside("confusion"), matrix, names, title)
+        made["reliability"] = save_reliability(beside("reliability"), p, labels, title)
+        chosen, confidence = p.argmax(1), p.max(1)
+        wrong = np.flatnonzero(chosen != labels)
+        first = wrong[np.argsort(-confidence[wrong], kind="stable")[:24]]
+        title += f"\nthe most confident of {len(wrong):,} mistakes in {len(p):,}"
+        titles = [f"{names[labels[i]]}, taken for\n{names[chosen[i]]} {confidence[i]:.0%}"
+                  for i in first]
+        start = (images.shape[1] - meta["image_size"]) // 2
+        centre = slice(start, start + meta["image_size"])
+        images = np.array(images[first])[:, centre, centre]
+        made["mistakes"] = save_contact_sheet(beside("mistakes"), images, titles, title)
+    return [beside(kind) for kind, done in made.items() if done]
+
+
+# --------------------------------------------------------------------------------------- pictures
+# Each function draws with matplotlib, without a window, and returns False if it is not installed.
 
 
 def drawn(draw):
-    """A function (path, …) that writes the PNG that draw(figure, …) drew on a matplotlib Figure."""
+    """Decorator: a function (path, …) that writes the PNG of draw(figure, …)."""
 
     @functools.wraps(draw)
     def write(path, *arguments, **options):
-        try:
-            from matplotlib import rc_context
-            from matplotlib.figure import Figure
-        except ImportError:
+        if missing("matplotlib"):
             return False
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
         png = io.BytesIO()
-        with rc_context({"text.parse_math": False}), warnings.catch_warnings():  # names are no TeX
-            warnings.simplefilter("ignore")  # of letters that no font here has
+        # names of classes are no TeX, and may have letters that no installed font has
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             figure = Figure(layout="constrained")
             draw(figure, *arguments, **options)
             figure.savefig(png, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
@@ -374,45 +915,57 @@ def drawn(draw):
 
 
 def short(name, most=20):
-    """The name, its middle left out where it is longer than `most`: long names often differ at their ends."""
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}..{name[len(name) - most // 2 + 1 :]}"
+    """`name` without its middle if it is longer than `most`; long names often differ at the end."""
+    half = most // 2 - 1
+    return name if len(name) <= most else f"{name[:half]}..{name[-half:]}"
 
 
 @drawn
 def save_curve(figure, x, y, marks):
-    """y against x on a log axis with labelled vertical `marks`."""
+    """y over x on a log axis, with a vertical line for each of `marks` {name: x}."""
     figure.set_size_inches(7, 4)
     axes = figure.subplots()
-    axes.semilogx(x, y, color="black", linewidth=1.5)
+    axes.semilogx(x, y, color="black")
     for i, (name, value) in enumerate(marks.items()):
         axes.axvline(value, color=f"C{i}", linestyle="--", label=f"{name}: {value:.1e}")
     axes.set(xlabel="learning rate", ylabel="smoothed loss", title="Learning-rate range test")
-    axes.set_ylim(min(y) - 0.05 * (y[0] - min(y)) - 1e-3, min(max(y), 1.5 * y[0]) + 1e-3)
+    low, high = min(y), min(max(y), 1.5 * y[0])  # a diverging end would flatten the rest
+    axes.set_ylim(low - 0.05 * (high - low), high + 1e-3)
+    axes.xaxis.set_major_formatter("{x:.0e}")
     axes.legend()
+
+
+def curves(path, png=None):
+    """Draw the metrics.csv at `path` to `png`, or to curves.png beside it.
+
+    Returns the path of the picture, or None without matplotlib. Raises ValueError for another file.
+    """
+    rows, png = read_metrics(path), png or Path(path).with_name("curves.png")
+    metrics = [name for name in ("accuracy", "solve_rate") if f"train_{name}" in rows[0]]
+    return png if save_history(png, rows, [*metrics, "loss"][0]) else None
 
 
 @drawn
 def save_history(figure, rows, metric):
-    """Learning curves of `rows` (dicts, one an epoch): the loss, the `metric`, and the learning rate, by split."""
+    """Curves of the loss, `metric` and the learning rate over `rows` (a dict for each epoch)."""
     figure.set_size_inches(12, 3.6)
-    epochs = [row["epoch"] for row in rows]
+    marker = "." if len(rows) < 40 else ""
     for axes, name in zip(figure.subplots(1, 3), ("loss", metric, "lr")):
-        for color, split in zip(("C7", "C0", "C1", "C2"), ("train", "val", "ema", "swa")):
-            points = [(e, row[key]) for e, row in zip(epochs, rows) if (key := f"{split}_{name}") in row]
+        for split in ("lr",) if name == "lr" else ("train", "val", "ema", "swa"):
+            key = name if name == "lr" else f"{split}_{name}"
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
             if points:
-                axes.plot(*zip(*points), color=color, label=split, marker="." * (len(points) < 40))
-        if name == "lr":
-            axes.plot(epochs, [row["lr"] for row in rows], color="black", marker="." * (len(rows) < 40))
-        else:
-            axes.legend()
-        axes.set(xlabel="epoch", title={"lr": "learning rate at its end"}.get(name, name.replace("_", " ")))
+                axes.plot(*zip(*points), marker=marker, label=split)
+        axes.legend()
+        title = "learning rate at its end" if name == "lr" else name.replace("_", " ")
+        axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 @drawn
 def save_confusion(figure, matrix, classes, heading):
-    """Counts [true][predicted], each row coloured by its shares, with names and numbers where they fit."""
+    """Counts [true][predicted], each row coloured by its shares; names and numbers if they fit."""
     matrix, count = np.asarray(matrix), len(classes)
     side = min(20.0, 3.2 + 0.42 * count)
     figure.set_size_inches(side + 0.8, side)
@@ -421,301 +974,179 @@ def save_confusion(figure, matrix, classes, heading):
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the true class")
     if count <= 100:
-        axes.set_xticks(range(count), map(short, classes), rotation=90, fontsize=10 if count <= 40 else 7)
-        axes.set_yticks(range(count), map(short, classes), fontsize=10 if count <= 40 else 7)
-    if count <= 25:
-        for i, j in zip(*matrix.nonzero()):
-            color = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=color, fontsize=7)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{heading}\n{np.trace(matrix):,} of {matrix.sum():,} right")
+        ticks = {"ticks": range(count), "labels": classes, "fontsize": 10 if count <= 40 else 7}
+        axes.set_xticks(**ticks, rotation=90)
+        axes.set_yticks(**ticks)
+    for i, j in zip(*matrix.nonzero()) if count <= 25 else ():
+        color = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=color, fontsize=7)
+    title = f"{heading}\n{np.trace(matrix):,} of {matrix.sum():,} right"
+    axes.set(xlabel="predicted", ylabel="true", title=title)
 
 
 @drawn
 def save_reliability(figure, p, labels, heading, bins=15):
-    """Accuracy against confidence in `bins` equal bins, above the share of samples in each (p [N, K], labels [N])."""
+    """Accuracy over confidence in equal bins, above the share of samples (p [N, K], labels [N])."""
     figure.set_size_inches(5, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     error, confidence, accuracy, share = calibration(p, labels, bins)
-    width, filled = 1 / bins, share > 0
     middle = (np.arange(bins) + 0.5) / bins
-    top.bar(middle[filled], accuracy[filled], width, color="C0", edgecolor="white", label="accuracy")
-    top.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfectly calibrated")
-    top.plot(confidence[filled], accuracy[filled], "o", color="C3", markersize=4, clip_on=False,
-             label="at its mean confidence")  # fmt: skip
-    top.set(ylabel="accuracy", ylim=(0, 1), title=f"{heading}\nexpected calibration error {error:.3f}")
+    bars = {"width": 1 / bins, "edgecolor": "white"}
+    top.bar(middle, accuracy, color="C0", label="accuracy", **bars)
+    top.plot([0, 1], [0, 1], color="black", linestyle="--", label="perfectly calibrated")
+    full = share > 0
+    top.plot(confidence[full], accuracy[full], "C3o", markersize=4, clip_on=False,
+             label="at its mean confidence")
+    title = f"{heading}\nexpected calibration error {error:.3f}"
+    top.set(ylabel="accuracy", ylim=(0, 1), title=title)
     top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=2, frameon=False, fontsize=8)
-    bottom.bar(middle, share, width, color="C7", edgecolor="white")
+    bottom.bar(middle, share, color="C7", **bars)
     bottom.set(xlabel="confidence", ylabel="share of samples", xlim=(0, 1))
 
 
 def displayable(images):
-    """[..., 3] of images [..., C]: the first three channels, or the first one three times."""
+    """Images [..., 3] from images [..., C]: the first three channels, or the first one repeated."""
     return images[..., :3] if images.shape[-1] >= 3 else images[..., [0, 0, 0]]
 
 
 @drawn
 def save_contact_sheet(figure, images, titles, heading):
-    """Up to 24 uint8 pictures [H, W, C] in rows of six, each under its title."""
-    rows = -(-len(images) // 6)
-    figure.set_size_inches(12, 2.5 * max(1, rows) + 0.5)
+    """Up to 24 uint8 images [H, W, C] in rows of six, each under its title."""
+    rows = max(1, math.ceil(len(images) / 6))
+    figure.set_size_inches(12, 2.5 * rows + 0.5)
     figure.suptitle(heading)
-    for axes in figure.subplots(max(1, rows), 6, squeeze=False).flat:
+    for axes in figure.subplots(rows, 6, squeeze=False).flat:
         axes.axis("off")
     for axes, image, title in zip(figure.axes, images, titles):
         axes.imshow(displayable(image))
         axes.set_title(title, fontsize=8)
 
 
-# ----------------------------------------------------------------------------- what an evaluation says
+def picture_grid(inputs, mean, std):
+    """uint8 [H, W, 3]: up to 16 normalised inputs float [B, C, h, w] in rows of four."""
+    mean, std = (torch.tensor(values, device=inputs.device)[:, None, None] for values in (mean, std))
+    x = ((inputs * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
+    x = displayable(x)[:16]
+    x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])])
+    return torch.cat([torch.cat(list(row), 1) for row in x.split(4)]).numpy()
 
 
-def report_lines(result, unit):
-    """What stands below a checkpoint's first line: the other metrics, speed, and a table of up to 20 classes."""
-    lines = []
-    if "per_class" in result:
-        of = lambda kind, name: f"{name} {result[f'{kind}_{name.lower()}']:.3f}"
-        triple = lambda kind: f"{kind} " + ", ".join(of(kind, name) for name in ("precision", "recall", "F1"))
-        lines = [
-            f"top-5 {result['top5_accuracy']:.2%} | " * (len(result["per_class"]) > 5)
-            + f"{triple('macro')} | {triple('weighted')}",
-            f"mean average precision {result['mean_average_precision']:.3f} | calibration "
-            f"error {result['calibration_error']:.3f}, confidence {result['confidence']:.3f}, "
-            f"entropy {result['entropy']:.3f}",
-        ]
-    lines.append(
-        f"{result['latency_ms']:.1f} ms for one (p95 {result['latency_p95_ms']:.1f}), "
-        f"{result['samples_per_second']:,.0f} {unit}/s in batches of {result['batch_size']}"
-    )
-    rows = result.get("per_class", ())
-    if rows:
-        if len(rows) > 20:
-            lines.append(f"the 20 classes of {len(rows)} with the lowest F1; --output FILE.json holds all")
-            rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:20]
-        width = max(5, *(len(row["class"]) for row in rows))
-        lines.append(f"{'class':{width}}  precision  recall     F1     AP  {unit}")
-        lines += [f"{row['class']:{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}  "
-                  f"{row['average_precision']:5.3f}  {row['samples']:,}" for row in rows]  # fmt: skip
-    return lines
+def prediction_rows(paths, p, classes):
+    """A flat dict for each file: its up to five most probable classes, p float [N, K]."""
+    rows = []
+    for path, shares, chosen in zip(paths, *(x.tolist() for x in p.topk(min(5, p.shape[1])))):
+        row = {"file": str(path)}
+        for place, (share, k) in enumerate(zip(shares, chosen), 1):
+            row |= {f"class{place}": classes[k], f"probability{place}": share}
+        rows.append(row)
+    return rows
 
 
-def same_data(results):
-    """Whether the results are of the same samples and metrics, so that one can be better than the other."""
-    return len({(result["data"], result["split"], result["samples"], *result) for result in results}) == 1
+def prediction_line(row):
+    """The text of one of `prediction_rows`."""
+    file, *rest = row.values()
+    return f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in zip(rest[::2], rest[1::2]))
 
 
-def side_by_side(results):
-    """Lines of a table: a metric a row, a checkpoint a column; a star for the best of a row, on the same data."""
-    plain, unmarked = ("checkpoint", "data", "split", "samples", "tta", "batch_size"), ("confidence", "entropy")
-    alike = same_data(results)
-    names = [Path(result["checkpoint"]) for result in results]
-    named = [p.name if len({n.name for n in names}) == len(names) else str(Path(*p.parts[-2:])) for p in names]
-    widths = [max(14, len(name) + 1) for name in named]
-    lines = [f"{'':24}" + "".join(f"{name:>{width}}" for name, width in zip(named, widths))]
-    for metric in dict.fromkeys(name for result in results for name in result if name not in plain):
-        values = [result.get(metric, math.nan) for result in results]
-        best = (max if higher_is_better(metric) else min)((v for v in values if v == v), default=None)
-        best = best if alike and not metric.startswith(unmarked) else None
-        cells = (f"{'*' if value == best else ''}{value:.4f}" if value == value else "-" for value in values)
-        lines.append(f"{metric:24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
-    return lines + ["they were scored on different data, so none is marked"] * (not alike)
+def exported(model, batches, suffix, facts):
+    """The bytes of a `.pt2` or `.onnx` file that computes model(batch), its first dimension dynamic.
 
-
-def draw_report(output, result, drawn):
-    """Paths of the PNGs drawn beside `output` for a checkpoint's result: none without matplotlib.
-
-    Learning curves where a metrics.csv lies beside the checkpoint. `drawn` is None, or (probabilities [N, K],
-    labels [N], images uint8 [N, H, W, C], metadata): confusion matrix, reliability and the most confident mistakes.
-    """
-    made, beside = [], lambda name: output.with_name(f"{output.stem}-{name}.png")
-    metrics = Path(result["checkpoint"]).with_name("metrics.csv")
-    if metrics.is_file():
-        with contextlib.suppress(ValueError):  # damaged or another program's
-            made += [png] if (png := curves(metrics, beside("curves"))) else []
-    if drawn is None:
-        return made
-    p, labels, images, meta = drawn
-    chosen, rows = p.argmax(1), np.arange(len(p))
-    wrong = rows[chosen != labels]
-    wrong = wrong[np.argsort(-p[wrong, chosen[wrong]], kind="stable")[:24]]
-    size, side = meta["image_size"], images.shape[1]
-    centre = slice((side - size) // 2, (side - size) // 2 + size)
-    images = np.array(images[wrong])[:, centre, centre]
-    name = lambda k: short(meta["classes"][k])
-    titles = [f"{name(labels[i])}, taken for\n{name(chosen[i])} {p[i, chosen[i]]:.0%}" for i in wrong]
-    heading = f"{result['checkpoint']} on {result['split']}" + ", with --tta" * result["tta"]
-    mistakes = f"{heading}\nthe most confident of {(chosen != labels).sum():,} mistakes in {len(p):,}"
-    for kind, call in (
-        ("confusion", lambda path: save_confusion(path, result["confusion_matrix"], meta["classes"], heading)),
-        ("reliability", lambda path: save_reliability(path, p, labels, heading)),
-        ("mistakes", lambda path: save_contact_sheet(path, images, titles, mistakes)),
-    ):
-        if call(beside(kind)):
-            made.append(beside(kind))
-    return made
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-def higher_is_better(monitor):
-    """Whether a metric of that name is better the higher it is."""
-    return not any(word in monitor for word in ("loss", "violations", "entropy", "error", "latency"))
-
-
-def image_metrics(logits, labels):
-    """(sums [1], count) of the accuracy of float [B, K] against int64 [B]; of shares [B, K] the one that was chosen."""
-    chosen = logits.argmax(1)
-    right = labels.gather(1, chosen[:, None])[:, 0] if labels.is_floating_point() else chosen == labels
-    return right.sum(0, keepdim=True), len(labels)
-
-
-
-def classification_report(p, labels):
-    """A dict of what is known of a classifier: probabilities float [N, K] against labels int [N], both numpy, N > 0.
-
-    Means over classes are over all K (`macro_…`), or weighed by their samples (`weighted_…`); what has no samples
-    to divide by counts as 0, as in scikit-learn. `mean_average_precision` is one against the rest, over the classes
-    that occur; `calibration_error` as in `calibration`; `entropy` in nats. `per_class` is a list of dicts and
-    `confusion_matrix` rows of counts [true][predicted].
-    """
-    count, classes = p.shape
-    order = (-p).argsort(1, kind="stable")[:, :5]
-    matrix = np.bincount(labels * classes + order[:, 0], minlength=classes**2).reshape(classes, classes)
-    right, support, chosen = np.diag(matrix), matrix.sum(1), matrix.sum(0)
-    share = lambda a, b: np.divide(a, b, out=np.zeros(classes), where=b > 0)
-    scores = {
-        "precision": share(right, chosen), "recall": share(right, support), "f1": share(2 * right, support + chosen),
-        "average_precision": np.array([average_precision(p[:, k], labels == k) for k in range(classes)]),
-    }  # fmt: skip
-    means = {f"macro_{name}": scores[name].mean() for name in ("precision", "recall", "f1")}
-    means |= {f"weighted_{name}": scores[name] @ support / count for name in ("precision", "recall", "f1")}
-    return {
-        "accuracy": right.sum() / count,
-        "top5_accuracy": (order == labels[:, None]).any(1).mean(), **means,
-        "mean_average_precision": scores["average_precision"][support > 0].mean(),
-        "calibration_error": calibration(p, labels)[0], "confidence": p.max(1).mean(),
-        "entropy": -(p * np.log(p.clip(np.finfo(np.float32).tiny))).sum(1).mean(),
-        "per_class": [{**{name: values[k] for name, values in scores.items()}, "samples": support[k]}
-                      for k in range(classes)],
-        "confusion_matrix": matrix,
-    }  # fmt: skip
-
-
-def average_precision(scores, positive):
-    """Mean precision over the positives, at the thresholds that `scores` [N] set; ties count together. 0 for none."""
-    order = (-scores).argsort(kind="stable")
-    hits, distinct = positive[order].cumsum(), np.append(np.diff(scores[order]) != 0, True)
-    hits, place = hits[distinct], np.flatnonzero(distinct) + 1
-    return float((np.diff(hits, prepend=0) * hits / place).sum() / max(1, positive.sum()))
-
-
-def calibration(p, labels, bins=15):
-    """(expected calibration error, mean confidence, accuracy and share [bins]) over equal bins of the confidence.
-
-    The error is the mean distance of accuracy and confidence, bins weighed by their share (Guo et al. 2017).
-    """
-    confidence, right = p.max(1).astype(float), p.argmax(1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    share, sure, good = (np.bincount(place, x, bins) / len(p) for x in (np.ones(len(p)), confidence, right))
-    divide = lambda a: np.divide(a, share, out=np.zeros(bins), where=share > 0)
-    return float(np.abs(good - sure).sum()), divide(sure), divide(good), share
-
-
-SUDOKU_SCORES = ("solve_rate", "violations", "cell_accuracy", "confidence", "entropy")
-SUDOKU_METRICS = tuple(score + level for level in ("", "_easy", "_medium", "_hard") for score in SUDOKU_SCORES)
-
-
-def sudoku_metrics(logits, labels):
-    """(sums float [20], counts int64 [20]) of SUDOKU_METRICS over a batch, by the last of logits [S, B, 81, 9].
-
-    Labels are integer [B, 82]: the digit of each blank, 0 for a clue, and last the level, 0 easy to 2 hard.
-    Over boards: `solve_rate`, the share whose blanks are all right, and `violations`, the digits
-    missing in rows, columns and boxes. Over blanks: `cell_accuracy`, `confidence` (the largest
-    probability, mean) and `entropy` (nats, mean). Each overall and by level.
-    """
-    answers, level = labels[:, :81].long(), labels[:, 81]
-    log_p = logits[-1].float().log_softmax(-1)
-    confidence, digit = log_p.max(-1)
-    blank = answers > 0
-    right = (digit + 1 == answers) & blank
-    board = torch.nn.functional.one_hot(digit, 9).view(-1, 9, 9, 9)  # [B, row, column, digit]
-    boxes = board.view(-1, 3, 3, 3, 3, 9).sum((2, 4))
-    violations = sum((units == 0).flatten(1).sum(1) for units in (board.sum(1), board.sum(2), boxes))
-    blanks = blank.sum(1)
-    over_boards = ((right.sum(1) == blanks), violations)
-    over_blanks = (right, confidence.exp() * blank, -(log_p.exp() * log_p).sum(-1) * blank)
-    scores = torch.stack([*over_boards, *(score.sum(1) for score in over_blanks)]).float()  # [5, B]
-    counts = torch.stack([*[torch.ones_like(blanks)] * 2, *[blanks] * 3])
-    chosen = torch.stack([torch.ones_like(level), *(level == i for i in range(3))]).long()  # [4, B]: all, easy …
-    # [4, 5] each, as products and sums: a matrix product would round under autocast
-    return tuple((chosen[:, None] * x).sum(2).flatten() for x in (scores, counts))
-
-
-# ------------------------------------------------------------------------------------------ export
-
-
-def exported(model, example, suffix, facts):
-    """(the bytes of a `.pt2` or `.onnx` file, a function of a batch that runs what they say) of model(example).
-
-    The first dimension is dynamic; `facts`, a JSON object, goes along as `facts.json` or as metadata. ValueError, in
-    one line, where the exporter cannot follow the model.
+    The program is made from the first of `batches`, read back and compared with the model on all.
+    `facts`, a JSON object, is stored as `facts.json` or as ONNX metadata. ValueError if the exporter
+    cannot follow the model or its program differs.
     """
     buffer, shapes = io.BytesIO(), ({0: torch.export.Dim("batch", min=1)},)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+            warnings.simplefilter("ignore")  # torch warns about its own code
+            program = torch.export.export(model, (batches[0],), dynamic_shapes=shapes)
             if suffix == ".pt2":
                 torch.export.save(program, buffer, extra_files={"facts.json": json.dumps(facts)})
-                loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-                return buffer.getvalue(), lambda batch: loaded(batch).detach()
-            import onnx
-            import onnx.reference
+                run = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+            else:
+                import onnx
+                import onnx.reference
 
-            proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+                proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+                texts = {name: json.dumps(fact) for name, fact in facts.items()}
+                onnx.helper.set_model_props(proto, texts)
+                buffer.write(proto.SerializeToString())
+                session = onnx.reference.ReferenceEvaluator(proto)
+                name = session.input_names[0]
+                run = lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
     except (RuntimeError, ImportError, torch.onnx.errors.OnnxExporterError) as error:
-        raise ValueError(f"--export: the exporter failed ({one_line(error.__cause__ or error)})") from None
-    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in facts.items()})
-    session = onnx.reference.ReferenceEvaluator(proto)
-    run = lambda batch: torch.from_numpy(session.run(None, {session.input_names[0]: batch.numpy()})[0])
-    return proto.SerializeToString(), run
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(f"--export: the exporter failed ({reason})") from None
+    for batch in batches:
+        with torch.no_grad():
+            if not torch.allclose(run(batch), model(batch), atol=1e-4):
+                raise ValueError("--export: the program differs from the model; nothing was written")
+    return buffer.getvalue()
 
 
-# ------------------------------------------------------------------------ device and memory probes
+# ----------------------------------------------------------------------------- device and memory
+
+
+def set_up_device(name="auto", amp="auto", channels_last=True, deterministic=True, memory_gb=None):
+    """(device, dtype of autocast, memory format, notes for the log). Mutates the process.
+
+    On CUDA: TF32, deterministic or benchmarked cuDNN, and a cap on memory, since Windows would
+    silently spill into the system's. On a CPU see `keep_freed_memory`. MPS gets no channels_last,
+    whose backward pass is wrong there (pytorch #175189, #175190).
+    """
+    device = pick_device(name)
+    dtype, reason = pick_precision(amp, device)
+    last = channels_last and device.type != "mps"
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    notes = [f"{str(dtype).removeprefix('torch.')} ({reason})", *["channels_last"] * last]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = not deterministic
+        cap = memory_cap(device, memory_gb)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap / total, device)
+        cudnn = "deterministic" if deterministic else "benchmarked"
+        notes += ["TF32", f"cuDNN {cudnn}", f"at most {cap / 2**30:.1f} GB"]
+    elif device.type == "cpu" and keep_freed_memory():
+        notes.append("freed memory kept")
+    return device, dtype, memory_format, notes
 
 
 def pick_device(name="auto"):
-    """The torch.device of `name`; auto is cuda, mps or cpu, the first that is there. ValueError if it is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    kind = name.split(":")[0]
-    number = name[len(kind) :]
-    if not there.get(kind, False) or (number and not (kind == "cuda" and re.fullmatch(r":\d{1,4}", number))):
-        raise ValueError(f"--device {name}: not on this machine; it has {[k for k, ok in there.items() if ok]}")
-    if number and int(number[1:]) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if kind == "cuda":
-        return torch.device("cuda", int(number[1:]) if number else torch.cuda.current_device())
-    return torch.device(name)
+    """The torch.device `name`; auto: the first there is of cuda, mps, cpu. ValueError if absent."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    available = [kind for kind in found if found[kind]]
+    kind, colon, index = (available[0] if name == "auto" else name).partition(":")
+    numbered = kind == "cuda" and re.fullmatch(r"\d{1,4}", index)
+    if kind not in available or (colon and not numbered):
+        raise ValueError(f"--device {name}: not on this machine; it has {available}")
+    if kind != "cuda":
+        return torch.device(kind)
+    count, index = torch.cuda.device_count(), int(index or torch.cuda.current_device())
+    if index >= count:
+        raise ValueError(f"--device {name}: this machine has {count} CUDA devices, counted from 0")
+    return torch.device("cuda", index)
 
 
 def cpu_has_amx():
-    """Whether bf16 products run on AMX tiles: 3.5 to 7 times fp32's rate; elsewhere bf16 is far slower."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    """Whether the CPU has AMX, which makes bf16 3.5 to 7 times as fast as fp32, else far slower."""
+    # torch 2.10 has no public torch.cpu.get_capabilities
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def pick_precision(amp, device):
-    """(dtype, reason) for autocast: float32 is off. `amp` is auto, True, False, fp16 or bf16.
+    """(dtype of autocast, reason); float32 means off. `amp` is auto, True, False, fp16 or bf16.
 
-    auto and True: bf16 where CUDA has it, else fp16 (but fp32 on the GTX 16 series, whose fp16 gives
-    NaN); on a CPU bf16 with AMX; else float32.
+    auto and True: bf16 on CUDA, fp16 if the GPU has none, but float32 on the GTX 16 series, whose
+    fp16 gives NaN; bf16 on a CPU with AMX; else float32.
     """
-    if amp in ("fp16", "bf16"):
-        slow = ", many times slower than float32 on a CPU" * (amp == "fp16" and device.type == "cpu")
-        return (torch.float16 if amp == "fp16" else torch.bfloat16), "asked for" + slow
-    if amp == "False":
-        return torch.float32, "asked for"
+    if amp in ("False", "bf16"):
+        return torch.bfloat16 if amp == "bf16" else torch.float32, "asked for"
+    if amp == "fp16":
+        slow = ", many times slower than float32 on a CPU" if device.type == "cpu" else ""
+        return torch.float16, "asked for" + slow
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "supported by this GPU"
@@ -727,101 +1158,82 @@ def pick_precision(amp, device):
     return torch.float32, f"mixed precision gains nothing on this {device.type}"
 
 
-def tune(device, deterministic=True, memory_gb=None):
-    """Mutates the process: what makes training on `device` faster or safer; its names, for the log.
-
-    On CUDA: TF32 products, cuDNN deterministic or else benchmarked, and a cap on memory, so that Windows does not
-    spill into the system's without a word. On a CPU see `keep_freed_memory`.
-    """
-    if device.type != "cuda":
-        return ["freed memory kept"] * (device.type == "cpu" and keep_freed_memory())
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
-    cap = memory_cap(device, memory_gb)
-    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(device).total_memory, device)
-    return ["TF32", f"cuDNN {'deterministic' if deterministic else 'benchmarked'}", f"at most {cap / 2**30:.1f} GB"]
-
-
 def memory_cap(device, memory_gb=None):
-    """Bytes of the CUDA device that this process may take: memory_gb, or all but a twentieth; else no bound."""
+    """Bytes that this process may take on `device`: memory_gb, or 95% of a GPU; else no limit."""
+    cap = memory_gb * 2**30 if memory_gb else math.inf
     if device.type != "cuda":
-        return math.inf
+        return cap
     total = torch.cuda.get_device_properties(device).total_memory
-    return min(total, memory_gb * 2**30) if memory_gb else 0.95 * total
+    return min(total, cap) if memory_gb else 0.95 * total
 
 
 def keep_freed_memory(keep=True):
-    """Mutates the process: glibc keeps freed blocks, in place of handing large ones back at each step.
+    """Mutates the process: glibc keeps freed blocks and does not return large ones to the system.
 
-    Training on a CPU gains 5 to 30% by it; the process keeps its peak of memory. False where there is no glibc.
-    `keep` False sets what glibc comes to by itself in a program that frees large blocks.
+    Training on a CPU is 5 to 30% faster, and keeps its peak of memory. False without glibc. `keep`
+    False sets what glibc adapts to in a long-running program.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
         return False
-    # M_TRIM_THRESHOLD, M_MMAP_MAX and M_MMAP_THRESHOLD of malloc.h
-    for name, value in {-1: -1, -4: 0}.items() if keep else {-1: 64 * 2**20, -4: 65536, -3: 32 * 2**20}.items():
-        if not mallopt(name, value):
-            return False
-    return True
-
-
-def out_of_memory(error):
-    """Whether an error says that memory ran out, on CUDA (its libraries too), MPS or a CPU."""
-    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
+    # M_TRIM_THRESHOLD -1, M_MMAP_THRESHOLD -3 and M_MMAP_MAX -4 of malloc.h
+    options = {-1: -1, -4: 0} if keep else {-1: 64 * 2**20, -4: 65536, -3: 32 * 2**20}
+    return all(mallopt(option, value) for option, value in options.items())
 
 
 def free_bytes(device):
-    """Free memory on the device, or of the machine where it is a CPU (4 GiB where it does not tell)."""
+    """Free memory in bytes on the GPU, else of the machine (4 GiB if it cannot be read)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+        text = Path("/proc/meminfo").read_text()
+        return int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) * 1024
+    except (OSError, TypeError):
         return 4 * 2**30
 
 
-# --------------------------------------------------------------------------------- many processes
+# -------------------------------------------------------------------------------- many processes
 
 
 def world():
     """(rank, number of processes) of torch.distributed; (0, 1) where it is not in use."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 @contextlib.contextmanager
 def processes(device, seconds):
-    """Joins the others that torchrun started, where it did, and leaves them after the block.
+    """Join the processes that torchrun started, if any, and leave them after the block.
 
-    With `device` cuda each takes that of its local rank, over NCCL, else the CPU, over Gloo. Whoever waits for another
-    for longer than `seconds` gets an error. ValueError where torchrun's variables are incomplete or nothing suits.
+    With `device` cuda each takes the GPU of its local rank and NCCL, else the CPU and Gloo. Waiting
+    longer than `seconds` for another one is an error. Raises ValueError if torchrun's variables are
+    incomplete or the device is unsuitable.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    absent = [name for name in names if not os.environ.get(name)]
-    if absent and not set(names[:3]) <= set(absent):
-        raise ValueError(f"{absent[0]}: is not set, others of torchrun's variables are; start with torchrun")
-    if absent or os.environ["WORLD_SIZE"] == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"{name}: is not set, others of torchrun's variables are; start with "
+                             "torchrun")
     kind = pick_device(device).type
     if kind == "mps" or ":" in device or not dist.is_available():
-        raise ValueError(f"--device {device}: torchrun's processes take a CUDA device each or the CPU; say which")
+        raise ValueError(f"--device {device}: several processes need cuda, one GPU each, or cpu")
     if kind == "cuda":
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
-    patience = timedelta(seconds=seconds)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=seconds)
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=patience))
-        # torchrun keeps its store when it starts processes again: without a prefix they find addresses of the dead
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+        store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives restarts; the prefix hides the addresses of dead processes
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     except (RuntimeError, ValueError) as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-        raise ValueError(f"torchrun: the processes did not meet at {place} ({one_line(error)}); look there") from None
+        raise ValueError(f"torchrun: the processes did not meet at {place} ({one_line(error)}); "
+                         "look there") from None
     try:
         yield
     finally:
@@ -829,8 +1241,8 @@ def processes(device, seconds):
 
 
 @contextlib.contextmanager
-def in_turn(first=True):
-    """Processes for which `first` holds pass the block before the others, who wait for up to a day."""
+def first_process_first(first=True):
+    """Processes with `first` True run the block before the others, who wait for up to a day."""
     if world()[1] == 1:
         yield
         return
@@ -843,28 +1255,27 @@ def in_turn(first=True):
     dist.destroy_process_group(group)
 
 
-def over_all(tensor, operation="SUM"):
-    """Mutates `tensor`, to its sum over all processes, or MAX, MIN; the same tensor."""
+def all_reduce(tensor, operation="SUM"):
+    """Mutates `tensor` to its SUM, MAX or MIN over all processes, and returns it."""
     if world()[1] > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
 
 
-def any_of_all(flag):
-    """Whether `flag` holds in any process."""
-    return bool(over_all(torch.tensor(float(bool(flag)))))
+def any_process(flag):
+    """Whether `flag` is true in any process."""
+    return bool(all_reduce(torch.tensor(float(bool(flag)))))
 
 
 def check_agreement(facts):
-    """ValueError that names the first of `facts` {name: anything with a repr} that the processes do not share."""
+    """ValueError that names the first of `facts` {name: value} that differs among the processes."""
     rank, count = world()
-    if count == 1:
-        return
     codes = torch.zeros(count, len(facts), dtype=torch.int64)
     codes[rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
-    for name, column in zip(facts, over_all(codes).T):
+    for name, column in zip(facts, all_reduce(codes).T):
         if len(column.unique()) > 1:
-            raise ValueError(f"the processes have different {name}; start them all with the same flags, data and torch")
+            raise ValueError(f"the processes have different {name}; start them all with the same "
+                             "flags, data and torch")
 
 
 def lost_process(error):
@@ -872,17 +1283,94 @@ def lost_process(error):
     return isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        given = f"{sys.argv[1]!r} is no file" if sys.argv[1:] else "no file"
-        print(f"error: {given}; give one: python utils.py runs/NAME/metrics.csv ...   draws curves.png beside each",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    for file in sys.argv[1:]:
-        try:
-            if (png := curves(file)) is None:
-                raise ValueError("curves need the package matplotlib: pip install matplotlib")
-            print(png)
-        except (ValueError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            sys.exit(2)
+# ---------------------------------------------------------------------------------------- copying
+
+MODULES = {"train": "train", "models": "model", "data": "data", "utils": "utils"}  # {alias: file}
+
+
+def copy_definitions(names, folder):
+    """The text of one Python file: the top-level definitions `names` of the kit in `folder`.
+
+    It holds what they need, imports included, and nothing else. ValueError for an unknown name and
+    for a name with two meanings in what would be copied.
+    """
+    kit = read_kit(folder)
+    todo, meanings, orders = [], {}, {}
+    for name in names:
+        files = [file for file, defined in kit if defined == name]
+        if not files:
+            raise ValueError(f"--copy {shorten(name)}: is no function, class or constant here; "
+                             f"{nearest(name, [defined for _, defined in kit])}")
+        todo.append((files[0], name))
+    done = set(todo)
+    for file, name in todo:  # which grows
+        statements = [(order, *plain_names(text, file, kit)) for order, text in kit[file, name]]
+        texts = [text for _, text, _ in statements]
+        if meanings.setdefault(name, texts) != texts:
+            raise ValueError(f"--copy: {name} has two meanings in this kit; copy fewer names")
+        for order, text, used in statements:
+            orders[text] = min(order, orders.get(text, order))
+            todo += used & kit.keys() - done
+            done |= used
+    kind = lambda text: text.startswith(("import ", "from ")) + 2 * ("\n" in text)
+    groups = itertools.groupby(sorted(orders, key=orders.get), kind)
+    blocks = [("\n\n\n" if kind > 1 else "\n").join(texts) for kind, texts in groups]
+    head = f"{', '.join(names)}: copied from the training kit with all they need. MIT License."
+    return f'"""{textwrap.fill(head, 95)}"""\n\n' + "\n\n\n".join(blocks) + "\n"
+
+
+def read_kit(folder):
+    """{(file, name): [(order, text)]}: the statements that define or import each name in the kit.
+
+    In their order imports come first, then the files that others import.
+    """
+    kit = {}
+    for rank, file in enumerate(reversed(MODULES.values())):
+        lines = (Path(folder) / f"{file}.py").read_text("utf-8").split("\n")
+        for node in ast.parse("\n".join(lines)).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias in list(node.names):
+                    node.names = [alias]
+                    name, text = alias.asname or alias.name.split(".")[0], ast.unparse(node)
+                    order = -1 if text.startswith("from") else -2
+                    kit.setdefault((file, name), []).append(((order, text), text))
+                continue
+            names = {getattr(node, "name", None)} - {None}
+            for target in getattr(node, "targets", ()):
+                target = getattr(target, "value", target)  # TABLE[...] = ... belongs to TABLE
+                names |= {x.id for x in ast.walk(target) if isinstance(x, ast.Name)}
+            first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ()))) - 1
+            while lines[first - 1].startswith("#"):
+                first -= 1
+            text = "\n".join(lines[first : node.end_lineno])
+            for name in names:
+                kit.setdefault((file, name), []).append(((rank, first), text))
+    return dict(reversed(kit.items()))
+
+
+def plain_names(text, file, kit):
+    """(`text` with the kit's `module.name` as plain `name`, {(file, name)} that it uses).
+
+    ValueError if a local variable has the plain name, or if a module is used in another way.
+    """
+    names, nodes = global_names(text), list(ast.walk(ast.parse(text)))
+    used = {(file, name) for name in names - MODULES.keys()}
+    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {node.id for node in nodes
+              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in nodes:
+        alias = getattr(getattr(node, "value", None), "id", None)
+        target = MODULES.get(alias), getattr(node, "attr", None)
+        if alias in names - local and target in kit:
+            used.add(target)
+            text = re.sub(rf"(?<![\w.]){alias}\.{node.attr}\b", node.attr, text)
+    if global_names(text) != {name for _, name in used}:
+        raise ValueError(f"--copy: names of other files clash with local ones in {text[:60]!r}")
+    return text, used
+
+
+def global_names(code):
+    """The names of the module that `code` (text or a symbol table) defines or uses."""
+    table = symtable.symtable(code, "code", "exec") if isinstance(code, str) else code
+    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return names.union(*map(global_names, table.get_children()))
