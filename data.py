@@ -6,12 +6,11 @@ this file imports torch, numpy, tqdm and the standard library only (image folder
 
     data = load("photos/", image_size=64)              # or None: the built-in images
     train = data.splits["train"]
-    fetch = batches(train, 32, torch.device("cpu"))
-    for images, labels, index in fetch(epoch_order(len(train), seed=0, epoch=0)):
+    fetch = batches(train, torch.device("cpu"))
+    for images, labels, index in fetch(chunks(epoch_order(len(train), 0, 0), 32)):
         inputs = augment(images, index, 0, 0, image_size=64, mean=data.mean, std=data.std)
 """
 
-import argparse
 import contextlib
 import functools
 import glob
@@ -25,7 +24,6 @@ import re
 import shutil
 import signal
 import struct
-import sys
 import time
 import uuid
 import warnings
@@ -1516,33 +1514,3 @@ def take_rows(images, labels, pieces):
     for index in pieces:
         rows = index.to(images.device)
         yield images.index_select(0, rows), labels[rows], index
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Generate Sudoku puzzles with one solution each; write .csv, .sdm or .sdk.",
-        epilog="example: python data.py --level hard --count 1000 --seed 0 --output hard.csv",
-    )
-    parser.error = lambda error: sys.exit(print(f"error: {one_line(error)}", file=sys.stderr) or 2)
-    levels = "easy: singles solve it, 36 clues or more; medium: singles, fewer; hard: the rest"
-    files = ".csv with puzzle,solution; .sdm and .sdk with puzzles only"
-    add = parser.add_argument
-    add("--level", choices=LEVELS, default="medium", help=levels)
-    add("--count", type=int, default=1000, help="puzzles, all different (default: %(default)s)")
-    add("--seed", type=int, default=0, help="determines the puzzles (default: %(default)s)")
-    add("--output", type=Path, required=True, help=files)
-    flags = parser.parse_args()
-    count, path, suffix = flags.count, flags.output, flags.output.suffix
-    try:
-        problem = f"--count must be 1 to 10,000,000, got {count:,}; --seed 0 or more, {flags.seed}"
-        require(1 <= count <= 10**7 and flags.seed >= 0, problem)
-        good = suffix in (".csv", ".sdm", ".sdk") and path.parent.is_dir() and not path.is_dir()
-        require(good, f"--output {path}: must be a .csv, .sdm or .sdk file in a folder that exists")
-        sudoku_text(suffix, np.zeros((min(count, 2), 81), np.uint8))  # an .sdk file holds one
-        puzzles, solutions = generate(count, flags.level, flags.seed)
-        text = sudoku_text(suffix, puzzles, solutions if suffix == ".csv" else None)
-        path.write_text(text, "ascii", newline="\n")
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    clues = (puzzles > 0).sum(1).mean()
-    print(f"{path}: {count:,} {flags.level} puzzles, {clues:.1f} clues on average")

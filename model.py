@@ -317,6 +317,8 @@ def load_backbone(model, weights, new_head=False):
     The head stays new with `new_head` or if the number of classes differs; a stem for one channel
     gets the weights' sum over channels. ValueError if any other tensor does not fit.
     """
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError("holds no weights; give another file")
     own = model.state_dict()
     if "conv_stem.weight" in weights:
         weights = {timm_to_torchvision(name): tensor for name, tensor in weights.items()}

@@ -80,26 +80,25 @@ FREE_ON_RESUME = set("device workers save_every tensorboard wandb quiet run_name
 
 def build_parser():
     """The parser of all flags. Each flag's type checks its value."""
-    number, path, switch = utils.number, utils.file_path, utils.boolean
-    count, positive, size = number(int, 0), number(int, 1), number(int, 0, 2048)
-    at_least_0, above_0 = number(float, 0), number(float, 0, open_low=True)
-    share, alpha = number(float, 0, 1, open_high=True), number(float, 0, 100)
+    num, path, switch = utils.number, utils.file_path, utils.boolean
+    count, positive, size = num(int, 0), num(int, 1), num(int, 0, 2048)
+    at_least_0, above_0 = num(float, 0), num(float, 0, open_low=True)
+    share, alpha = num(float, 0, 1, open_high=True), num(float, 0, 100)
     groups = {  # (flag, type or choices, default, what it is)
         "data": (
             ("data", path, None, "class folders, IDX, CIFAR, NPZ or puzzle files; else built-in data"),
             ("image_size", size, 0, "side of the images in px; 0: by the source"),
             ("val_fraction", share, 0.1, "share of each class set aside, without a validation split"),
             ("max_samples", count, 0, "size of a subset of each split; 0: all"),
-            ("workers", number(int, 0, 64), None, "loader processes; else none for data in memory"),
+            ("workers", num(int, 0, 64), None, "loader processes; else none for data in memory"),
             ("cache_dir", path, ".cache", "folder for decoded image folders"),
-            ("crop_padding", number(int, 0, 256), 4, "padding in px before a random crop"),
+            ("crop_padding", num(int, 0, 256), 4, "padding in px before a random crop"),
             ("flip", switch, None, "random mirroring; else for colour images only"),
-            ("min_crop_area", number(float, 0, 1, True), 0.35, "smallest area of a resized crop"),
+            ("min_crop_area", num(float, 0, 1, True), 0.35, "smallest area of a resized crop"),
             ("cutout", size, 0, "side in px of the erased square; 0: off"),
             ("mixup", alpha, 0.0, "Beta parameter of Mixup; 0: off"),
             ("cutmix", alpha, 0.0, "Beta parameter of CutMix; with --mixup: one of both; 0: off"),
-            ("val_every", number(int, 1, word="adaptive"), 1, "epochs between validations; adaptive: "
-             "1 up to epoch 10, 2 up to 30, then 3"),
+            ("val_every", num(int, 1, word="adaptive"), 1, "epochs between validations, or adaptive"),
         ),
         "model": (
             ("model", list(models.MODELS), "efficientnet_b0", "network"),
@@ -110,13 +109,12 @@ def build_parser():
         ),
         "training": (
             ("epochs", positive, 10, "passes over the training split"),
-            ("batch_size", number(int, 1, word="auto"), 16, "samples of a micro-batch; auto: what fits"),
+            ("batch_size", num(int, 1, word="auto"), 16, "samples of a micro-batch; auto: what fits"),
             ("accumulation_steps", positive, 1, "micro-batches of a step"),
             ("effective_batch", positive, None, "samples of a step, in place of accumulation steps"),
             ("clip_grad_norm", at_least_0, 0.0, "largest gradient norm; 0: no clipping"),
             ("optimizer", list(models.LEARNING_RATES), None, "else muon for Sudoku, adamw for images"),
-            ("lr", number(float, 0, open_low=True, word="auto"), None, "peak learning rate; auto: by "
-             "the range test; else 0.003 adamw, 0.1 sgd, 0.005 muon"),
+            ("lr", num(float, 0, open_low=True, word="auto"), None, "peak rate; auto: by range test"),
             ("weight_decay", at_least_0, 0.01, "decay of matrices and filters"),
             ("momentum", share, 0.9, "momentum of sgd and muon, beta1 of adamw"),
             ("ema_decay", share, 0.0, "decay of the weights' moving average; 0: none"),
@@ -124,7 +122,7 @@ def build_parser():
             ("swa_lr", above_0, None, "learning rate of SWA; else the schedule's"),
             ("sam_rho", at_least_0, 0.0, "radius of SAM; 0: off"),
             ("freeze_epochs", count, 0, "first epochs, which train the head alone"),
-            ("seed", number(int, 0, 2**63 - 1), 0, "seed of all randomness"),
+            ("seed", num(int, 0, 2**63 - 1), 0, "seed of all randomness"),
         ),
         "schedule": (
             ("scheduler", list(SCHEDULES), "onecycle", "schedule of the learning rate"),
@@ -146,8 +144,7 @@ def build_parser():
         "run": (
             ("run_name", utils.run_name, None, "folder under runs/; else model and time"),
             ("save_every", count, 0, "steps between saves; 0: one save after each epoch"),
-            ("resume", lambda text: text and path(text), None, "run to go on with; alone: the last "
-             "one; with --run_name NAME: that run, begun if need be"),
+            ("resume", lambda text: text and path(text), None, "run to go on with; else the last"),
             ("early_stopping", count, 0, "patience in validations; 0: off"),
             ("min_delta", at_least_0, 0.0, "smallest change that is an improvement"),
             ("monitor", str, None, "metric for best.pt and patience, such as val_loss"),
@@ -165,8 +162,7 @@ def build_parser():
             ("tta", switch, False, "average over six views of an image (--evaluate, --predict)"),
             ("input", path, None, "pictures, folders, globs, or a file of puzzles"),
             ("search", switch, False, "proved solutions of what the network does not solve"),
-            ("output", path, None, "file: --find_lr .csv, --evaluate .json .csv, --predict .csv .json "
-             "(puzzles .csv .sdm .sdk), --export .pt2 .onnx, --copy .py"),
+            ("output", path, None, "file of --find_lr, --evaluate, --predict, --export or --copy"),
         ),
     }
     alone = {"pretrained": "official", "amp": "True", "compile": "default", "resume": "",
@@ -242,6 +238,8 @@ def check_flags(args, given):
     No data has been read yet; `settle` checks what depends on the data.
     """
     mode = next((mode for mode in (*READ_BY, "find_lr") if getattr(args, mode)), None)
+    if mode in READ_BY and args.batch_size == "auto":
+        args.batch_size = 16
     for key in given if mode in READ_BY else ():
         if key not in READ_BY[mode]:
             raise ValueError(f"--{key}: does not go with --{mode}; leave it out")
@@ -286,6 +284,8 @@ def check_flags(args, given):
     functions = {"model_args": models.MODELS[args.model], "scheduler_args": SCHEDULES[args.scheduler]}
     for key, function in functions.items():
         setattr(args, key, utils.keyword_arguments(getattr(args, key), function, f"--{key}"))
+    if args.scheduler_args.get("anneal", "cos") not in ("cos", "linear"):
+        raise ValueError("--scheduler_args anneal: must be cos or linear")
     for key in args.scheduler_args.keys() & SCHEDULE_RANGES.keys():
         low, high = SCHEDULE_RANGES[key]
         if not low <= args.scheduler_args[key] <= high:
@@ -456,8 +456,7 @@ def update_ema(ema, weights, decay, updates):
     """Mutates the dict `ema`: ema += (1 - d) * (weights - ema), weights being a state dict.
 
     d = min(decay, (1 + n) / (10 + n)), where n = `updates` counts the updates before this one.
-    Integer buffers are copied. One fused call takes 1.1 ms for EfficientNet-B0 on two cores, where
-    torch's AveragedModel takes 3.5 ms.
+    Integer buffers are copied. For EfficientNet-B0 it takes 1.1 ms, AveragedModel 3.5 ms.
     """
     floats = [name for name in ema if ema[name].is_floating_point()]
     weight = 1 - min(decay, (1 + updates) / (10 + updates))
@@ -480,11 +479,10 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
-    turns (images, targets, index) into inputs and targets; `seed` determines dropout; with
-    `sam_rho` the gradient is taken uphill (see `uphill`). A loss or gradient that is not finite
-    changes no weight, buffer, optimizer state or EMA. Where memory runs out, the window is done
-    again in halved batches with the same randomness. Returns (totals as in `batch_totals`, gradient
-    norm, whether the step was good).
+    turns (images, targets, index) into inputs and targets; `seed` determines dropout; `sam_rho`
+    takes the gradient uphill (see `uphill`). A loss or gradient that is not finite changes no
+    weight, buffer, moment or EMA. Where memory runs out, the window is done again in halves with the
+    same randomness. Returns (totals as in `batch_totals`, gradient norm, whether the step was good).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
@@ -518,10 +516,7 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
 
 
 def window_gradients(state, window, task, augment, dtype, seed):
-    """Mutates the gradients of `state`: adds those of the window's mean loss.
-
-    Returns the window's totals, or None where memory ran out and the window is to be done again.
-    """
+    """Mutates the gradients of `state`: adds the window's. Its totals; None if memory ran out."""
     device = state.parameters[0].device
     if seed is not None:
         set_seed(seed, device)
@@ -537,13 +532,16 @@ def window_gradients(state, window, task, augment, dtype, seed):
             totals += batch_totals(task, loss, count, outputs, targets)
             # the gradient of loss / items, with two operations fewer
             state.scaler.scale(loss).backward(loss.new_ones(()) / items)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         failed = True
     if failed:  # outside `except`: the exception keeps the failed pass's tensors alive
         inputs = outputs = loss = None
-        halve_micro_batch(state, batches)
+        largest = max(len(images) for images, *_ in batches)
+        if largest < 4:  # BatchNorm needs two samples
+            raise torch.OutOfMemoryError(f"out of memory with a batch of {largest}")
+        state.micro_batch = largest // 2
     if state.share is not None:
         totals, failed = state.share(state, totals, failed)
     return None if failed else totals
@@ -600,29 +598,15 @@ def restore(state, buffers):
 
 
 def split(window, size):
-    """The batches of a window in parts of at most `size` samples; as they are for None.
-
-    A single last sample joins the part before it, as BatchNorm needs two.
-    """
-    if size is None:
-        return window
+    """The batches of a window in parts of up to `size` samples; as they are for None."""
     parts = []
-    for images, targets, index in window:
-        starts = list(range(0, len(images), size))
-        if len(starts) > 1 and len(images) - starts[-1] == 1:
-            starts.pop()
-        for start, end in zip(starts, [*starts[1:], len(images)]):
-            part = slice(start, end)
-            parts.append((images[part], targets[part], None if index is None else index[part]))
-    return parts
-
-
-def halve_micro_batch(state, batches):
-    """Mutates `state`: halves the largest batch. torch.OutOfMemoryError where none can be halved."""
-    largest = max(len(images) for images, *_ in batches)
-    if largest < 4:  # BatchNorm needs two samples
-        raise torch.OutOfMemoryError(f"out of memory with a batch of {largest}")
-    state.micro_batch = largest // 2
+    for images, targets, index in window if size else ():
+        sizes = [len(part) for part in torch.arange(len(images)).split(size)]
+        if len(sizes) > 1 and sizes[-1] == 1:  # BatchNorm needs two
+            sizes[-2:] = [size + 1]
+        indices = [None] * len(sizes) if index is None else index.split(sizes)
+        parts += zip(images.split(sizes), targets.split(sizes), indices)
+    return parts if size else window
 
 
 def out_of_memory(error):
@@ -762,7 +746,7 @@ def fit(state, run):
 def train_epoch(state, run):
     """Mutates `state`: takes the remaining steps of its epoch. False where a signal stops it."""
     args, task, (rank, ranks) = run.args, run.task, utils.world()
-    pieces = data.chunks(epoch_order(run, state.epoch), args.batch_size)
+    pieces = data.chunks(training_order(run, state.epoch), args.batch_size)
     done, began = state.epoch_step * args.accumulation_steps * ranks, time.perf_counter()
     began -= state.seconds
     values, augment = monitored(state, run), partial(task.augment, epoch=state.epoch)
@@ -795,15 +779,15 @@ def train_epoch(state, run):
                 return False
             if args.save_every and state.step % args.save_every == 0:
                 save(state, run)
-            if run.trackers and state.step % TRACK_EVERY == 0:
+            for track in run.trackers if state.step % TRACK_EVERY == 0 else ():
                 lr, loss = state.optimizer.param_groups[0]["lr"], means(totals, task)["loss"]
-                track(run, state, {"step_loss": loss, "step_lr": lr, "step_gradient_norm": norm})
+                track(state.step, {"step_loss": loss, "step_lr": lr, "step_gradient_norm": norm})
             bar.update(samples)  # after the save: the terminal may be gone
             utils.show(bar, progress_text, state, task)
     return True
 
 
-def epoch_order(run, epoch):
+def training_order(run, epoch):
     """int64 [N]: the order of the training samples in an epoch."""
     return data.epoch_order(len(run.source.splits["train"]), run.args.seed, epoch)
 
@@ -825,11 +809,6 @@ def progress_text(state, task):
     found, formats = means(state.totals, task), {**task.formats, "loss": "loss {:.3f}"}
     parts = [formats[name].format(found[name]) for name in ("loss", task.monitor) if name in found]
     return ", ".join(parts + [f"{state.bad_steps} bad steps"] * bool(state.bad_steps))
-
-
-def track(run, state, values):
-    for tracker in run.trackers:
-        tracker(state.step, values)
 
 
 def freeze(state, frozen):
@@ -878,7 +857,7 @@ def validate(state, run):
 def recompute_statistics(state, run):
     """Mutates `state.swa`: BatchNorm's statistics become those of the mean weights."""
     set_seed(data.mix(run.args.seed, state.step, 1), run.device)  # of dropout before a BatchNorm
-    batches = run.fetch["train"](data.chunks(epoch_order(run, state.epoch), run.args.batch_size))
+    batches = run.fetch["train"](data.chunks(training_order(run, state.epoch), run.args.batch_size))
     batches = itertools.takewhile(lambda batch: not utils.any_process(run.stop), batches)
     with autocast(run.device, run.dtype):
         update_bn((run.task.augment(*batch, state.epoch)[0] for batch in batches), state.swa.module)
@@ -928,9 +907,9 @@ def close_epoch(state, run, row):
     if utils.world()[0] == 0:
         utils.write_csv(run.folder / "metrics.csv", state.history)
     save(state, run)
-    if run.trackers:
+    for track in run.trackers:
         values = {name: value for name, value in row.items() if name != "step"}
-        track(run, state, {**values, "samples": samples_of(state, run)})
+        track(state.step, {**values, "samples": samples_of(state, run)})
     best = since_best == 0
     run.log(utils.epoch_line(row, task.formats, task.monitor, task.unit, args.epochs, best))
     if impatient and state.epoch < args.epochs:
@@ -1048,7 +1027,7 @@ def lr_sweep(state, run):
 
     def endless():
         for epoch in itertools.count():
-            pieces = data.chunks(epoch_order(run, epoch), args.batch_size)
+            pieces = data.chunks(training_order(run, epoch), args.batch_size)
             for window, _ in fetch_windows(run.fetch["train"], pieces, args.accumulation_steps):
                 yield window, partial(run.task.augment, epoch=epoch)
 
@@ -1123,7 +1102,7 @@ def load_source(args):
 
 def samples_of(state, run):
     """For the trackers: augmented training images, uint8 [H, W, 3], or a board filled in, text."""
-    batch = next(iter(run.fetch["train"]([epoch_order(run, state.epoch - 1)[:16]])))
+    batch = next(iter(run.fetch["train"]([training_order(run, state.epoch - 1)[:16]])))
     if run.args.model == "sudoku_gnn":
         logits, _ = next(outputs_of(state.model, [batch], dtype=run.dtype))
         return "\n".join(data.board_lines(logits[-1, 0].argmax(1) + 1, batch[0][0].tolist()))
@@ -1148,27 +1127,21 @@ def prepare(args, saved=None):
     meta = describe_model(args, source, origin)
     utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
     task = make_task(args, meta, memory_format)
-    model = build_network(args, meta, weights, origin)
-    train, ranks = source.splits["train"], utils.world()[1]
-    if args.model_args.get("whiten") and saved is None:
-        rows = data.stratified(train.labels, 5000, args.seed)
-        parts = np.array_split(rows, max(1, len(rows) // 64))
-        images = (torch.from_numpy(np.array(train.images[part])) for part in parts)
-        models.whiten_stem(model, map(task.prepare, images))
-    state = build_state(args, model.to(device, memory_format=memory_format), device, dtype)
+    state = build_state(args, source, meta, task, weights, origin, device, dtype, memory_format)
+    model, samples, ranks = state.model, len(source.splits["train"]), utils.world()[1]
     free = free_memory(args, device)
     fetch = {  # a split stays on the device where it takes at most a quarter of what is free
         name: data.batches(source.splits[name], device, free // 4, args.workers, args.timeout)
         for name in ("train", "val") if name in source.splits
     }
     copies = bool(state.ema) + bool(state.swa) + 2 * bool(args.sam_rho)
-    inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(4) % len(train)]))), 0)
+    inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(4) % samples]))), 0)
     with autocast(device, dtype):
         memory = models.estimate_memory(model, inputs, models.MOMENTS[args.optimizer], copies)
-    settle_batch(args, len(train), memory, free_memory(args, device))
+    settle_batch(args, samples, memory, free_memory(args, device))
     size, steps = args.batch_size, args.accumulation_steps
-    batches = len(data.chunks(torch.zeros(len(train)), size))
-    run = Run(args, task, device, dtype, source, meta, fetch, -(-batches // (steps * ranks)))
+    count = len(data.chunks(torch.zeros(samples), size))
+    run = Run(args, task, device, dtype, source, meta, fetch, -(-count // (steps * ranks)))
     if args.compile != "off":
         inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(size)]))), 0)
         with autocast(device, dtype):
@@ -1203,7 +1176,8 @@ def settle(args, source):
     args.monitor = args.monitor or f"{kinds[-1]}_{metrics[0]}"
     kinds += ["swa"] * bool(has_val and args.swa_start_epoch)
     names = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
-    smallest = {"efficientnet_b0": 32, "custom": 24}.get(args.model, 0)
+    stride = args.model_args.get("stem_stride", 1)
+    smallest = {"efficientnet_b0": 32, "custom": max(24, 9 * stride)}.get(args.model, 0)
     for wrong, message in (
         (args.image_size < smallest,
          f"--image_size {args.image_size}: {args.model} needs {smallest} px or more"),
@@ -1235,7 +1209,7 @@ def starting_weights(args, saved):
     found = utils.load_checkpoint(args.pretrained, legacy=True)
     meta = found.get("meta")
     own = isinstance(meta, dict) and {"mean", "std"} <= meta.keys()
-    return found.get("model", found), meta if own else IMAGENET
+    return found.get("model", found) or {}, meta if own else IMAGENET
 
 
 def describe_model(args, source, origin):
@@ -1258,37 +1232,40 @@ def describe_model(args, source, origin):
     }
 
 
-def build_network(args, meta, weights, origin):
-    """The network at its start: initialised by the seed or with pretrained weights."""
+def build_state(args, source, meta, task, weights, origin, device, dtype, memory_format):
+    """The `TrainState` at the start of a run: the same in all processes, drawn by the seed."""
+    ranks, classes, channels = utils.world()[1], meta["num_classes"], meta["in_channels"]
     torch.manual_seed(args.seed)
-    classes, channels = meta["num_classes"], meta["in_channels"]
     model = models.build_model(args.model, classes, channels, **meta["arguments"])
     if args.checkpoint_activations:
         model.run_stage = models.recomputed
+    if meta["arguments"].get("whiten"):
+        train = source.splits["train"]
+        rows = data.stratified(train.labels, 5000, args.seed)
+        parts = np.array_split(rows, max(1, len(rows) // 64))
+        images = (torch.from_numpy(np.array(train.images[part])) for part in parts)
+        models.whiten_stem(model, map(task.prepare, images))
     if weights is not None:
-        new_head = origin.get("classes", meta["classes"]) != meta["classes"]
         try:
+            new_head = origin.get("classes", meta["classes"]) != meta["classes"]
             models.load_backbone(model, weights, new_head)
         except ValueError as error:
             raise ValueError(f"--pretrained {args.pretrained}: {error}") from None
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # a process sees one batch in so many
-            module.momentum = 1 - (1 - module.momentum) ** utils.world()[1]
-    return model
-
-
-def build_state(args, model, device, dtype):
-    """The `TrainState` of a model that is to be trained, the same in all processes."""
-    ranks, lr = utils.world()[1], 1e-3 if args.lr == "auto" else args.lr
+            module.momentum = 1 - (1 - module.momentum) ** ranks
+    model.to(device, memory_format=memory_format)
     for tensor in model.state_dict().values() if ranks > 1 else ():
         dist.broadcast(tensor, 0)  # machines may differ in the last bit
+    lr = 1e-3 if args.lr == "auto" else args.lr
     optimizer = models.build_optimizer(model, args.optimizer, lr, args.weight_decay, args.momentum,
                                        device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = TrainState(model, optimizer, scaler, start_ema(model) if args.ema_decay else None)
-    state.swa = AveragedModel(model) if args.swa_start_epoch else None
-    state.share = share_among_processes if ranks > 1 else None
-    return state
+    ema, swa = start_ema(model) if args.ema_decay else None, None
+    if args.swa_start_epoch:
+        swa = AveragedModel(model)
+    share = share_among_processes if ranks > 1 else None
+    return TrainState(model, optimizer, scaler, ema, swa, share=share)
 
 
 def free_memory(args, device):
@@ -1366,8 +1343,8 @@ def open_run(args, given, held):
         held.enter_context(utils.lock(folder))
         utils.check_unused(folder)  # of two runs that start at once, one stops here
         save(state, run)
-        environment = utils.environment()
-        utils.write_json(folder / "config.json", {**run.flags, "environment": environment})
+        about = {**run.flags, "environment": utils.environment()}
+        utils.write_json(folder / "config.json", about)
     run.log = utils.logger(folder / "log.txt", lines)
     if rank == 0:
         run.trackers = utils.trackers(folder, vars(args), args.tensorboard, args.wandb)
@@ -1406,16 +1383,22 @@ def load_model(path, args):
     ValueError for a bad checkpoint.
     """
     found = utils.load_checkpoint(path)
-    needed = "model num_classes in_channels arguments classes image_size mean std".split()
     meta = found.get("meta")
-    if not isinstance(meta, dict) or not {*needed} <= meta.keys() or "model" not in found:
+    if not isinstance(meta, dict) or not {"mean", "std", "classes", "image_size"} <= meta.keys():
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
-    meta = {"stored_size": meta["image_size"], **meta}
-    name, classes, channels, arguments = (meta[key] for key in needed[:4])
-    arguments |= utils.keyword_arguments(args.model_args, models.MODELS[name], "--model_args")
-    model = models.build_model(name, classes, channels, **arguments)
-    models.check_state_dict(model.state_dict(), found["model"])
-    model.load_state_dict(found["model"])
+    meta = {"stored_size": meta["image_size"], "source": {}, **meta}
+    if meta.get("model") not in list(models.MODELS):
+        raise ValueError(f"{path}: its metadata are of another kit (model); give another checkpoint")
+    changes = utils.keyword_arguments(args.model_args, models.MODELS[meta["model"]], "--model_args")
+    try:
+        meta["arguments"] = {**meta["arguments"], **changes}
+        classes, channels = meta["num_classes"], meta["in_channels"]
+        model = models.build_model(meta["model"], classes, channels, **meta["arguments"])
+        models.check_state_dict(model.state_dict(), found["model"])
+        model.load_state_dict(found["model"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = utils.one_line(error)
+        raise ValueError(f"{path}: its metadata and weights misfit ({reason}); give another") from None
     device, dtype, memory_format, _ = utils.set_up_device(args.device, args.amp, args.channels_last)
     model.to(device, memory_format=memory_format).eval()
     task = make_task(args, meta, memory_format)
@@ -1429,6 +1412,8 @@ def load_model(path, args):
 def run_evaluate(args, given):
     """Scores each checkpoint of --evaluate, prints them, writes --output and pictures; 0."""
     results, best, pictures = [], None, None
+    for path in args.evaluate:  # a bad one among several is named before any is scored
+        utils.load_checkpoint(path)
     for path in args.evaluate:
         result, task, drawn = score(path, args, given)
         head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
@@ -1450,7 +1435,7 @@ def run_evaluate(args, given):
 def score(path, args, given):
     """(result, its `Task`, what pictures need or None) of a checkpoint on its test or val split."""
     model, meta, task, apply = load_model(path, args)
-    puzzles, size = meta["model"] == "sudoku_gnn", scoring_batch(args)
+    puzzles, size = meta["model"] == "sudoku_gnn", 2 * args.batch_size
     # with another seed or fraction, samples that it was trained on would be scored
     flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
     flags["data"] = given.get("data", flags["data"])
@@ -1468,10 +1453,14 @@ def score(path, args, given):
                          f"{path}, with {utils.shorten(meta['classes'])} in {meta['in_channels']}")
     device, order = next(model.parameters()).device, torch.arange(len(split))
     fetch = data.batches(split, device, utils.free_bytes(device) // 4, args.workers)
-    one, pieces = next(iter(fetch([order[:1]]))), data.chunks(order, size)
-    latency = [seconds_of(apply, [one]) for _ in range(33)][3:]
-    seconds_of(apply, fetch(pieces[:1]))  # the first pass at a size takes longer
-    pairs, began, drawn = [], time.perf_counter(), None
+    pairs, latency, drawn, pieces = [], [], None, data.chunks(order, size)
+    for _ in range(33):
+        began = time.perf_counter()
+        [(outputs, _)] = apply(fetch([order[:1]]))
+        outputs.flatten()[0].item()  # waits for the device
+        latency.append(time.perf_counter() - began)
+    list(apply(fetch(pieces[:1])))  # the first pass at a size takes longer
+    began = time.perf_counter()
     with utils.progress_bar(Path(path).name, len(split), task.unit, args.quiet) as bar:
         for outputs, targets in apply(fetch(pieces)):
             pairs.append((outputs.cpu(), targets.cpu()))
@@ -1483,25 +1472,12 @@ def score(path, args, given):
         p, labels = logits.float().softmax(1).numpy(), labels.numpy()
         result |= utils.classification_report(p, labels, meta["classes"])
         drawn = p, labels, split.images, meta
-    median, slow = np.percentile(latency, (50, 95)) * 1e3
+    median, slow = np.percentile(latency[3:], (50, 95)) * 1e3
     return {
         "checkpoint": str(path), "data": source.description, "split": name, "samples": len(split),
         "tta": args.tta, **result, "latency_ms": median, "latency_p95_ms": slow,
         "samples_per_second": rate, "batch_size": size,
     }, task, drawn
-
-
-def seconds_of(apply, batches):
-    """Seconds that a model takes for batches, its outputs read back."""
-    began = time.perf_counter()
-    for outputs, _ in apply(batches):
-        outputs.flatten()[0].item()  # waits for the device
-    return time.perf_counter() - began
-
-
-def scoring_batch(args):
-    """Samples at once where nothing is kept for a backward pass."""
-    return 32 if args.batch_size == "auto" else 2 * args.batch_size
 
 
 def run_predict(args, given):
@@ -1522,7 +1498,7 @@ def predict_images(apply, meta, device, args):
     paths, size, channels = data.find_pictures(*args.input), meta["stored_size"], meta["in_channels"]
     rows, broken = [], []
     with utils.progress_bar("predict", len(paths), "images", args.quiet) as bar:
-        for part, images, errors in data.decode_pictures(paths, size, channels, scoring_batch(args)):
+        for part, images, errors in data.decode_pictures(paths, size, channels, 2 * args.batch_size):
             batches = [(torch.from_numpy(images).to(device), None, None)] if part else []
             for logits, _ in apply(batches):
                 rows += utils.prediction_rows(part, logits.float().softmax(1).cpu(), meta["classes"])
@@ -1570,8 +1546,8 @@ def predict_puzzles(apply, meta, device, args):
 def run_export(args, given):
     """Writes the checkpoint of --export as a program from raw bytes to probabilities; 0."""
     output = Path(args.output)
-    if output.suffix == ".onnx" and (missing := utils.missing("onnx", "onnxscript")):
-        raise ValueError(f"--output {output}: needs the packages {missing}: pip install {missing}")
+    if output.suffix == ".onnx" and (absent := utils.missing("onnx", "onnxscript")):
+        raise ValueError(f"--output {output}: needs the packages {absent}: pip install {absent}")
     args.device, args.channels_last, size = "cpu", False, 9
     model, meta, *_ = load_model(args.export, args)
     size, channels, puzzles = meta["image_size"], meta["in_channels"], meta["model"] == "sudoku_gnn"

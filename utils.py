@@ -23,7 +23,6 @@ import re
 import shutil
 import signal
 import subprocess
-import symtable
 import sys
 import textwrap
 import time
@@ -123,7 +122,7 @@ def load_checkpoint(path, legacy=False):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
     version = checkpoint.get("format_version", 0)
-    if version > FORMAT_VERSION:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}, this kit reads up to {FORMAT_VERSION}")
     return checkpoint
 
@@ -140,12 +139,15 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
         try:
             checkpoint = load_checkpoint(path) if path.exists() else None
             if checkpoint and (absent := [key for key in needed if key not in checkpoint]):
+                if "format_version" in checkpoint:
+                    raise ValueError(f"{path}: has no {absent[0]}: another version "
+                                     "of the kit wrote it; use that version, or start a new run")
                 raise ValueError(f"{path}: has no {absent[0]}, so it is no checkpoint of a run")
             usable += [checkpoint] if checkpoint else []
         except OSError as error:
             log(f"warning: {path}: {error.strerror}; passed over")
         except ValueError as error:
-            if "this kit reads up to" in str(error):  # a whole file of a later version
+            if re.search("this kit reads up to|another version of the kit", str(error)):
                 raise
             if set_aside:
                 names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
@@ -256,8 +258,8 @@ def lock(folder):
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
-    for partial in Path(folder).glob(".*.partial"):
-        partial.unlink()
+    for stale in Path(folder).glob(".*.partial"):
+        stale.unlink()
     return file
 
 
@@ -619,6 +621,8 @@ def preset_words(preset):
         nested = isinstance(value, dict)
         words += [f"--{key}"] if nested else []
         for name, inner in value.items() if nested else [(f"--{key}", value)]:
+            if nested and name.startswith("-"):
+                raise ValueError(f"{key} {shorten(name)}: is no argument")
             items = inner if nested and isinstance(inner, list) else [inner]
             words.append(f"{name}={','.join(map(str, items))}")
             if not items or not all(isinstance(item, str | int | float) for item in items):
@@ -629,7 +633,8 @@ def preset_words(preset):
     return words
 
 
-def keyword_arguments(words, function, flag, reserved=("num_classes", "in_channels")):
+def keyword_arguments(words, function, flag, reserved=(
+        "num_classes", "in_channels", "values", "min_delta")):
     """{name: value} of KEY=VALUE words, for the parameters of `function` that have defaults.
 
     A value has the type of the default; a tuple is written as integers with commas. The caller
@@ -839,33 +844,14 @@ def side_by_side(results):
     return [form.format(*row) for row in rows] + notes
 
 
-def read_metrics(path):
-    """The rows of a metrics.csv as dicts of numbers, without empty cells. Raises ValueError."""
-    reason = "no metrics.csv of a run"
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-        if rows and all({"epoch", "lr", "train_loss"} <= row.keys() for row in rows):
-            return rows
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-    except (ValueError, TypeError, AttributeError, csv.Error):
-        pass
-    raise ValueError(f"{path}: {reason}; it needs rows with epoch, lr and train_loss")
-
-
 def draw_report(output, result, predictions):
     """Draw pictures of a checkpoint's `result` beside the file `output`; their paths.
 
-    The learning curves need a metrics.csv beside the checkpoint. `predictions` is None or
-    (probabilities [N, K], labels [N], images uint8 [N, H, W, C], metadata); it gives the confusion
-    matrix, the reliability diagram and the most confident mistakes.
+    `predictions` is None or (probabilities [N, K], labels [N], images uint8 [N, H, W, C],
+    metadata); it gives the confusion matrix, the reliability diagram and the most confident
+    mistakes.
     """
-    beside = lambda kind: output.with_name(f"{output.stem}-{kind}.png")
-    made, metrics = {}, Path(result["checkpoint"]).with_name("metrics.csv")
-    if metrics.is_file():
-        with contextlib.suppress(ValueError):  # damaged, or another program's
-            made["curves"] = curves(metrics, beside("curves"))
+    beside, made = lambda kind: output.with_name(f"{output.stem}-{kind}.png"), {}
     if predictions is not None:
         p, labels, images, meta = predictions
         names = [short(name) for name in meta["classes"]]
@@ -896,11 +882,11 @@ def drawn(draw):
 
     @functools.wraps(draw)
     def write(path, *arguments, **options):
-        if missing("matplotlib"):
+        try:
+            from matplotlib import rc_context
+            from matplotlib.figure import Figure
+        except ImportError:
             return False
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
         png = io.BytesIO()
         # names of classes are no TeX, and may have letters that no installed font has
         with rc_context({"text.parse_math": False}), warnings.catch_warnings():
@@ -933,16 +919,6 @@ def save_curve(figure, x, y, marks):
     axes.set_ylim(low - 0.05 * (high - low), high + 1e-3)
     axes.xaxis.set_major_formatter("{x:.0e}")
     axes.legend()
-
-
-def curves(path, png=None):
-    """Draw the metrics.csv at `path` to `png`, or to curves.png beside it.
-
-    Returns the path of the picture, or None without matplotlib. Raises ValueError for another file.
-    """
-    rows, png = read_metrics(path), png or Path(path).with_name("curves.png")
-    metrics = [name for name in ("accuracy", "solve_rate") if f"train_{name}" in rows[0]]
-    return png if save_history(png, rows, [*metrics, "loss"][0]) else None
 
 
 @drawn
@@ -1285,92 +1261,58 @@ def lost_process(error):
 
 # ---------------------------------------------------------------------------------------- copying
 
-MODULES = {"train": "train", "models": "model", "data": "data", "utils": "utils"}  # {alias: file}
-
 
 def copy_definitions(names, folder):
     """The text of one Python file: the top-level definitions `names` of the kit in `folder`.
 
-    It holds what they need, imports included, and nothing else. ValueError for an unknown name and
-    for a name with two meanings in what would be copied.
+    It holds what they need, imports included, and nothing else. ValueError for an unknown name.
     """
-    kit = read_kit(folder)
-    todo, meanings, orders = [], {}, {}
+    kit, places = read_kit(folder), {}
     for name in names:
-        files = [file for file, defined in kit if defined == name]
-        if not files:
+        if name not in kit or kit[name][0][0][0] < 0:  # unknown, or an import
             raise ValueError(f"--copy {shorten(name)}: is no function, class or constant here; "
-                             f"{nearest(name, [defined for _, defined in kit])}")
-        todo.append((files[0], name))
-    done = set(todo)
-    for file, name in todo:  # which grows
-        statements = [(order, *plain_names(text, file, kit)) for order, text in kit[file, name]]
-        texts = [text for _, text, _ in statements]
-        if meanings.setdefault(name, texts) != texts:
-            raise ValueError(f"--copy: {name} has two meanings in this kit; copy fewer names")
-        for order, text, used in statements:
-            orders[text] = min(order, orders.get(text, order))
-            todo += used & kit.keys() - done
-            done |= used
-    kind = lambda text: text.startswith(("import ", "from ")) + 2 * ("\n" in text)
-    groups = itertools.groupby(sorted(orders, key=orders.get), kind)
-    blocks = [("\n\n\n" if kind > 1 else "\n").join(texts) for kind, texts in groups]
+                             f"{nearest(name, kit)}")
+    todo = list(dict.fromkeys(names))
+    for name in todo:  # it grows
+        for place, text, uses in kit[name]:
+            places[text] = min(place, places.get(text, place))
+            todo += uses & kit.keys() - set(todo)
+    texts = sorted(places, key=places.get)
+    imports = "\n".join(text for text in texts if places[text][0] < 0)
     head = f"{', '.join(names)}: copied from the training kit with all they need. MIT License."
-    return f'"""{textwrap.fill(head, 95)}"""\n\n' + "\n\n\n".join(blocks) + "\n"
+    blocks = [f'"""{textwrap.fill(head, 95)}"""\n\n{imports}']
+    return "\n\n\n".join(blocks + [text for text in texts if places[text][0] >= 0]) + "\n"
 
 
 def read_kit(folder):
-    """{(file, name): [(order, text)]}: the statements that define or import each name in the kit.
+    """{name: [(place, text, names used)]} of the statements that define or import a name.
 
-    In their order imports come first, then the files that others import.
+    Sorted by place, imports come first, then the leaves, then train.py. References to other files,
+    such as `utils.world`, become plain names.
     """
     kit = {}
-    for rank, file in enumerate(reversed(MODULES.values())):
+    for rank, file in enumerate(("model", "data", "utils", "train")):
         lines = (Path(folder) / f"{file}.py").read_text("utf-8").split("\n")
         for node in ast.parse("\n".join(lines)).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                for alias in list(node.names):
-                    node.names = [alias]
-                    name, text = alias.asname or alias.name.split(".")[0], ast.unparse(node)
-                    order = -1 if text.startswith("from") else -2
-                    kit.setdefault((file, name), []).append(((order, text), text))
-                continue
-            names = {getattr(node, "name", None)} - {None}
-            for target in getattr(node, "targets", ()):
-                target = getattr(target, "value", target)  # TABLE[...] = ... belongs to TABLE
-                names |= {x.id for x in ast.walk(target) if isinstance(x, ast.Name)}
-            first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ()))) - 1
-            while lines[first - 1].startswith("#"):
+            for alias in getattr(node, "names", ()):  # of an import
+                text = ast.unparse(type(node)(**{**vars(node), "names": [alias]}))
+                place = -1, text.startswith("from"), text
+                kit.setdefault(alias.asname or alias.name.split(".")[0], [(place, text, set())])
+            first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))]) - 1
+            while lines[first - 1].startswith("#"):  # comments belong to what follows them
                 first -= 1
-            text = "\n".join(lines[first : node.end_lineno])
-            for name in names:
-                kit.setdefault((file, name), []).append(((rank, first), text))
-    return dict(reversed(kit.items()))
-
-
-def plain_names(text, file, kit):
-    """(`text` with the kit's `module.name` as plain `name`, {(file, name)} that it uses).
-
-    ValueError if a local variable has the plain name, or if a module is used in another way.
-    """
-    names, nodes = global_names(text), list(ast.walk(ast.parse(text)))
-    used = {(file, name) for name in names - MODULES.keys()}
-    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    local |= {node.id for node in nodes
-              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for node in nodes:
-        alias = getattr(getattr(node, "value", None), "id", None)
-        target = MODULES.get(alias), getattr(node, "attr", None)
-        if alias in names - local and target in kit:
-            used.add(target)
-            text = re.sub(rf"(?<![\w.]){alias}\.{node.attr}\b", node.attr, text)
-    if global_names(text) != {name for _, name in used}:
-        raise ValueError(f"--copy: names of other files clash with local ones in {text[:60]!r}")
-    return text, used
-
-
-def global_names(code):
-    """The names of the module that `code` (text or a symbol table) defines or uses."""
-    table = symtable.symtable(code, "code", "exec") if isinstance(code, str) else code
-    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-    return names.union(*map(global_names, table.get_children()))
+            text, walked = "\n".join(lines[first : node.end_lineno]), list(ast.walk(node))
+            local = {x.arg for x in walked if isinstance(x, ast.arg)}
+            local |= {x.id for x in walked if isinstance(getattr(x, "ctx", None), ast.Store)
+                      and isinstance(x, ast.Name)}
+            uses = {x.id for x in walked if isinstance(x, ast.Name)} - local
+            if file == "train":  # the only file that refers to the others
+                uses |= {x.attr for x in walked if isinstance(x, ast.Attribute)
+                         and getattr(x.value, "id", None) in ("models", "data", "utils")}
+                uses -= {"models", "data", "utils"}
+                text = re.sub(r"(?<![\w.])(models|data|utils)\.(?=[a-zA-Z_])", "", text)
+            targets = [getattr(x, "value", x) for x in getattr(node, "targets", ())]  # T of T[i] = 1
+            defined = {x.id for y in targets for x in ast.walk(y) if isinstance(x, ast.Name)}
+            for name in defined | {getattr(node, "name", None)} - {None}:
+                kit.setdefault(name, []).append(((rank, first), text, uses - {name}))
+    return kit

@@ -4,44 +4,42 @@ import gzip
 import io
 import json
 import os
-import runpy
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
-import model
 import train
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 PUZZLE = "4.....8.5.3..........7......2.....6.....8.4......1.......6.3.7.5..2.....1.4......"
 SOLUTION = "417369825632158947958724316825437169791586432346912758289643571573291684164875293"
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(model.MODELS, "custom", partial(model.CustomCNN, widths=(8, 16, 32, 48)))
+TINY = "--model custom --data a.npz --batch_size 8 --model_args widths=8,16,32,48".split()
+SUDOKU = "--model sudoku_gnn --data p.csv --val_fraction 0 --batch_size 1".split()
+LONG = "x" * 5000
 
 
 def everything(root="."):
-    """{path: time and size, or kind} below `root`: what must not change."""
+    """{path: time and size, or kind} below `root`: what must not change; locks aside."""
     stat = lambda path: (path.stat().st_mtime_ns, path.stat().st_size)
     kind = lambda path: stat(path) if path.is_file() else "folder" if path.is_dir() else "other"
-    return {str(path): kind(path) for path in Path(root).rglob("*")}
+    return {str(path): kind(path) for path in Path(root).rglob("*") if path.name != "lock"}
 
 
 def outcome(call):
-    """(exit status, standard error) of a call; what is no SystemExit, a traceback to its user, comes through."""
+    """(exit status, standard error) of a call; a traceback comes through, except SystemExit."""
     errors = io.StringIO()
     with redirect_stderr(errors), redirect_stdout(io.StringIO()):
         try:
@@ -52,17 +50,21 @@ def outcome(call):
 
 
 def is_one_line(text):
-    """Whether standard error holds one error, of a length to read and with nothing that moves a terminal."""
-    return text.startswith("error: ") and text.endswith("\n") and text[:-1].isprintable() and 10 < len(text) <= 1100
+    """Whether standard error holds one error, short enough to read, that moves no terminal."""
+    whole = text.startswith("error: ") and text.endswith("\n") and text[:-1].isprintable()
+    return whole and 10 < len(text) <= 1100
 
 
-def refused(*argv):
-    """The one line with which `train.py` refuses these flags, having written nothing."""
-    before = everything()
-    status, line = outcome(lambda: train.main([str(word) for word in argv]))
+def refused(argv, words):
+    """Asserts that `train.main(argv)` ends in one line with `words` in this order, writing nothing.
+
+    `argv` is a list or a text of words.
+    """
+    argv, before = argv.split() if isinstance(argv, str) else list(map(str, argv)), everything()
+    status, line = outcome(lambda: train.main(argv))
     assert status == 2 and is_one_line(line), (status, line)
+    assert re.search(".*".join(map(re.escape, words.split())), line), line
     assert everything() == before
-    return line
 
 
 def arrays(count=40, size=24, classes=4):
@@ -70,172 +72,577 @@ def arrays(count=40, size=24, classes=4):
     return rng.integers(0, 256, (count, size, size, 3), np.uint8), np.arange(count) % classes
 
 
-# ---------------------------------------------------------------------------------------- flags and paths
+def write_arrays(path, classes=4):
+    x, y = arrays(classes=classes)
+    np.savez(path, x=x, y=y)
 
 
-LONG = "x" * 5000
-BAD_FLAGS = {  # by the line of the list; the text must name the place and say what to do
-    "an unknown flag": (["--epoch", "3"], "'--epoch' is no flag; did you mean --epochs?"),
-    "an unknown flag of any length": (["--" + LONG], "is no flag; see --help"),
-    "accumulation of a fraction": (["--accumulation_steps", "0.5"], "--accumulation_steps: must be an integer at"),
-    "a negative EMA decay": (["--ema_decay", "-0.1"], "--ema_decay: must be a number at least 0 and below 1, got"),
-    "a negative validation fraction": (["--val_fraction", "-0.1"], "--val_fraction: must be a number at least 0"),
-    "a validation fraction that is no number": (["--val_fraction", "nan"], "--val_fraction: must be a number"),
-    "workers below 0": (["--workers", "-1"], "--workers: must be an integer at least 0 and at most 64, got '-1'"),
-    "a run name that climbs": (["--run_name", ".."], "--run_name: must be 1 to 64 letters"),
-    "a run name with a backslash": (["--run_name", r"a\b"], "--run_name: must be 1 to 64 letters"),
-    "a run name from the root": (["--run_name", "/tmp/x"], "--run_name: must be 1 to 64 letters"),
-    "a run name with a line end": (["--run_name", "a\n"], r"got 'a\n'"),
-    "a run name with a hidden direction": (["--run_name", "a\u202eb"], r"got 'a\u202eb'"),
-    "a run name that Windows keeps, with an ending": (["--run_name", "con.txt"], "reserved name on Windows"),
-    "an early stop that waits less than nothing": (["--early_stopping", "-1"], "--early_stopping: must be"),
-    "a choice of any length": (["--model", LONG], "'sudoku_gnn')"),
-    "a flag without its value": (["--epochs"], "--epochs: expected one argument"),
-    "a device that is not there": (["--device", "mps:3"], "--device mps:3: not on this machine; it has"),
-    "a device of an odd digit": (["--device", "cpu:\u00b2"], "not on this machine; it has"),
-    "data of no name": (["--data", ""], "--data: is empty"),
-    "data with a NUL": (["--data", "a\0b"], r"--data: is a name that no file can have, got 'a\x00b'; give another"),
-    "data with half a character": (["--data", "\ud800"], "--data: is a name that no file can have"),
-    "data of a name too long": (["--data", LONG], "--data: is a name that no file can have"),
-    "data of a path too long": (["--data", "x/" * 3000], "--data: is a name that no file can have"),
-    "data of a user who is not there": (["--data", "~nobody-by-this-name/x"], "no such file or folder; give a"),
-    "data that is a device": (["--data", os.devnull], f"--data {os.devnull}: is neither a file nor a folder; give"),
-    "puzzles that are a device": (["--model", "sudoku_gnn", "--data", os.devnull], "is neither a file nor a folder"),
-    "a cache of no name": (["--cache_dir", ""], "--cache_dir: is empty"),
-    "a cache with a NUL": (["--cache_dir", "a\0"], "--cache_dir: is a name that no file can have"),
-    "a cache that is a file": (["--cache_dir", "file"], "--cache_dir file: file is no folder; give a folder"),
-    "a cache below a file": (["--cache_dir", "file/in/it"], "--cache_dir file/in/it: file is no folder; give a"),
-    "an output with a NUL": (["--find_lr", "--output", "a\0.csv"], "--output: is a name that no file can have"),
-    "an output too long for its temporary": (["--find_lr", "--output", "x" * 240 + ".csv"], "at most 200 bytes"),
-    "an output that is a folder": (["--find_lr", "--output", "folder.csv"], "--output folder.csv: must be a .csv file"),
-    "an output that is the data": (["--find_lr", "--data", "p.csv", "--output", "p.csv"], "p.csv: is the --data"),
-    "weights of no name": (["--pretrained="], "--pretrained: is empty"),
-    "weights that are a folder": (
-        "--model custom --data a.npz --pretrained folder".split(), "--pretrained folder: no such checkpoint; give"),
-    "a checkpoint of no name to apply": (["--predict="], "--predict: is empty"),
-    "a checkpoint of no name to export": (["--export=", "--output", "a.pt2"], "--export: is empty"),
-    "a checkpoint of no name to score": (["--evaluate", ""], "--evaluate: is empty"),
-    "a checkpoint of a name too long": (["--evaluate", LONG], "--evaluate: is a name that no file can have"),
-    "input of no name": (["--predict", "--input", ""], "--input: is empty"),
-    "input with a NUL": (["--predict", "--input", "a\0"], "--input: is a name that no file can have"),
-    "input that is a folder": (["--predict", "--input", "folder"], "--input folder: is no file; give a file"),
-    "a run of a name too long": (["--resume", LONG], "--resume: is a name that no file can have"),
-    "a monitor with line ends": (["--monitor", "a\nb" * 99, "--data", "a.npz", "--model", "custom"], "there are train"),
-    "a preset of a name too long": (["--config", LONG], "is no preset; there are efficientnet_b0_4gb, "),
-    "pictures of more memory than the limit": (["--image_size", "2048"], "--image_size 2048: 4,000 images take"),
-    "arrays of more memory than the limit": (["--data", "big.npz", "--image_size", "2048"], "--image_size 2048: "),
-    "a batch above the training split": ("--data a.npz --image_size 32 --batch_size 37".split(), "--batch_size 37: "),
-    "a warm-up as long as the run": ("--model custom --data a.npz --warmup_epochs 2 --epochs 2".split(),
-                                     "--warmup_epochs 2: must be below --epochs 2"),
-}  # fmt: skip
+def write_puzzles(path):
+    Path(path).write_text(f"puzzle,solution\n{PUZZLE},{SOLUTION}\n")
 
 
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_a_flag_that_cannot_be_meant_is_refused(case):
-    argv, message = BAD_FLAGS[case]
-    Path("file").write_text("x")
-    Path("folder.csv").mkdir()
-    Path("folder").mkdir()
-    Path("p.csv").write_text(f"puzzle,solution\n{PUZZLE},{SOLUTION}\n")
-    x, y = arrays()
-    np.savez("a.npz", x=x, y=y)
-    np.savez_compressed("big.npz", x=np.zeros((3000, 24, 24), np.uint8), y=np.arange(3000) % 4)
-    assert message in refused(*argv)
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of good and odd files, of checkpoints, and of runs that stopped or are finished."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_arrays("a.npz")
+        write_puzzles("p.csv")
+        x, y = np.zeros((3000, 24, 24), np.uint8), np.arange(3000) % 4
+        np.savez_compressed("big.npz", x=x, y=y)
+        Path("file").write_text("x")
+        for name in ("folder", "folder.csv", "empty", "photos"):
+            Path(name).mkdir()
+        Path("photos/a.jpg").write_bytes(b"x")
+        patch.setattr(train, "fit", lambda state, run: 0)  # so a run stops at its first save
+        small = "--model_args width=4 hidden=4 message_steps=2".split()
+        for flags, name in ((TINY, "stopped"), ([*SUDOKU, *small], "puzzles")):
+            assert train.main([*flags, "--run_name", name]) == 0
+        last = utils.load_checkpoint("runs/stopped/last.pt")
+        for name, changed in {
+            "done": {**last, "finished": True},
+            "older": {key: value for key, value in last.items() if key != "flags"},
+        }.items():
+            Path("runs", name).mkdir()
+            torch.save(changed, f"runs/{name}/last.pt")
+        for name in ("stopped", "puzzles"):
+            saved = utils.load_checkpoint(f"runs/{name}/last.pt")
+            torch.save({key: saved[key] for key in ("model", "meta")}, f"{name}.pt")
+        torch.save({"model": {}, "meta": {"epoch": 3}}, "foreign.pt")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+# Flags | words of the line that refuses them, in their order. TINY and SUDOKU are flags that run.
+WORDS = r"""
+--epoch 3                                      | --epoch is no flag; did you mean --epochs?
+extra                                          | 'extra' is no flag
+--epochs                                       | --epochs: expected one argument
+--epochs 0                                     | --epochs: must be an integer at least 1, got '0'
+--epochs 1.5                                   | --epochs: must be an integer
+--batch_size -3                                | --batch_size: must be
+--batch_size few                               | --batch_size: integer at least 1 or auto
+--accumulation_steps 0.5                       | --accumulation_steps: must be an integer
+--lr nan                                       | --lr: must be a number above 0 or auto, got 'nan'
+--lr inf                                       | --lr: must be
+--lr 0                                         | --lr: must be
+--lr -1                                        | --lr: must be
+--clip_grad_norm -1                            | --clip_grad_norm: must be
+--ema_decay 1                                  | --ema_decay: must be at least 0 and below 1
+--ema_decay -0.1                               | --ema_decay: must be at least 0 and below 1
+--val_fraction 1                               | --val_fraction: must be
+--val_fraction nan                             | --val_fraction: must be a number
+--val_every 0                                  | --val_every: integer at least 1 or adaptive
+--workers -1 |
+    --workers: must be an integer at least 0 and at most 64
+--workers 1000                                 | --workers: must be
+--memory_gb 0                                  | --memory_gb: must be a number above 0
+--seed 99999999999999999999                    | --seed: must be
+--mixup nan                                    | --mixup: must be
+--cutmix 1e9                                   | --cutmix: must be at most 100
+--sam_rho -1                                   | --sam_rho: must be
+--early_stopping -1                            | --early_stopping: must be
+--wandb maybe                                  | --wandb: must be True or False
+--compile perhaps                              | --compile: invalid choice
+--model resnet                                 | --model: invalid choice custom
+--amp maybe                                    | --amp: invalid choice
+--device tpu                                   | --device tpu: not on this machine; cpu
+--device mps:3                                 | --device mps:3: not on this machine
+--device cpu:x                                 | --device cpu:x: not on this machine
+--device cpu:²                                 | not on this machine
+--run_name ..                                  | --run_name: must be 1 to 64
+--run_name a/b                                 | --run_name: must be 1 to 64
+--run_name a\b                                 | --run_name: must be 1 to 64
+--run_name /tmp/x                              | --run_name: must be 1 to 64
+--run_name con.txt                             | --run_name: reserved name on Windows
+--config nothing |
+    --config 'nothing' is no preset; there are efficientnet_b0_4gb cpu
+--data nowhere                                 | --data nowhere: no such file or folder
+--data ~nobody-by-this-name/x                  | no such file or folder; give
+--cache_dir file                               | --cache_dir file: no folder
+--cache_dir file/in/it                         | --cache_dir file/in/it: file is no folder
+--pretrained= --model custom                   | --pretrained: is empty
+--predict=                                     | --predict: is empty
+--export= --output a.pt2                       | --export: is empty
+--compile --checkpoint_activations             | --checkpoint_activations: --compile
+--effective_batch 8 --accumulation_steps 2     | --accumulation_steps: --effective_batch
+--batch_size auto --accumulation_steps 2       | --accumulation_steps: --effective_batch
+--swa_start_epoch 4 --epochs 3                 | --swa_start_epoch 4: at most --epochs 3
+--freeze_epochs 4 --epochs 3                   | --freeze_epochs 4: at most --epochs 3
+--swa_start_epoch 2 --freeze_epochs 2          | --swa_start_epoch 2: above --freeze_epochs 2
+--freeze_epochs 1 --lr auto                    | --freeze_epochs: whole network
+--warmup_epochs 3 --epochs 3 --scheduler cosine | --warmup_epochs 3: must be below --epochs 3
+--swa_lr 0.1                                   | --swa_lr: needs --swa_start_epoch
+--image_size 2048                              | --image_size 2048: 4,000 images take bytes
+
+--data a.npz --model custom --model_args width=8 |
+    --model_args 'width': there are widths did you mean widths?
+TINY --model_args widths                       | --model_args 'widths': must be KEY=VALUE
+TINY --model_args =3                           | --model_args '': is no argument
+TINY --model_args widths=8,16                  | --model_args widths: 4 integers got '8,16'
+TINY --model_args widths=a,b,c,d               | --model_args widths: 4 integers
+TINY --model_args depths=                      | --model_args depths: 3 integers
+TINY --model_args widths=1,8,8,8               | widths: 4 integers from 2 got (1, 8, 8, 8)
+TINY --model_args depths=1,-1,1                | depths: 3 integers from 0
+TINY --model_args stem_stride=1.5              | --model_args stem_stride: must be an integer
+TINY --model_args stem_stride=0                | stem_stride: must be from 1 to 4, got 0
+TINY --model_args stem_stride=4                | --image_size 24: needs 36
+TINY --model_args whiten=perhaps               | --model_args whiten: True or False
+TINY --model_args num_classes=3                | --model_args 'num_classes': is no argument
+TINY --model_args depths=1,1,1 depths=1,1,1 |
+    --model_args 'depths=1,1,1': KEY=VALUE, each key once
+--data a.npz --model_args widths=8,16,32,48 |
+    --model_args 'widths': is no argument; there are dropout
+--data a.npz --image_size 32 --model_args dropout=2 | dropout: must be below 1, got 2
+--data a.npz --model_args dropout=nan          | --model_args dropout: must be a number
+SUDOKU --model_args widths=8,16,32,48          | --model_args 'widths': did you mean width?
+SUDOKU --model_args message_steps=0            | message_steps: must be from 1
+SUDOKU --model_args free_steps=-1              | free_steps: must be from 0
+--model_args                                   | --model_args: expected at least one argument
+TINY --scheduler_args patience=3 |
+    --scheduler_args 'patience': is no argument; there are pct_start
+TINY --scheduler_args pct_start=2              | --scheduler_args pct_start: must be from 0 to 1
+TINY --scheduler_args div_factor=0             | --scheduler_args div_factor: must be from
+TINY --scheduler_args final_div_factor=1e999   | --scheduler_args final_div_factor: must be a number
+TINY --scheduler_args anneal=odd               | --scheduler_args anneal: must be cos or linear
+TINY --scheduler_args cycle_momentum=may       | --scheduler_args cycle_momentum: True or False
+TINY --scheduler_args max_lr=3                 | --scheduler_args 'max_lr': is no argument
+TINY --scheduler_args pct_start=.1 pct_start=.2 | --scheduler_args 'pct_start=.2': each key once
+TINY --scheduler plateau --scheduler_args factor=2 | --scheduler_args factor: must be from to 1
+TINY --scheduler plateau --scheduler_args patience=-1 | --scheduler_args patience: must be from 0
+TINY --scheduler plateau --scheduler_args min_delta=1 | --scheduler_args 'min_delta': is no argument
+TINY --scheduler plateau --scheduler_args values=1 | --scheduler_args 'values': is no argument
+TINY --scheduler cosine --scheduler_args pct_start=.2 |
+    --scheduler_args 'pct_start': there are warmup_steps
+TINY --scheduler constant --scheduler_args warmup_step=1 | did you mean warmup_steps?
+
+--data a.npz --image_size 28                   | --image_size 28: needs 32 px
+--data a.npz --image_size 32 --batch_size 1    | --batch_size 1: BatchNorm
+--data big.npz --image_size 2048               | --image_size 2048: 3,000 images take bytes
+TINY --image_size 20                           | --image_size 20: needs 24 px
+TINY --batch_size 37                           | --batch_size 37: 36 training samples
+TINY --effective_batch 12 |
+    --effective_batch 12: must be a multiple of --batch_size 8
+TINY --effective_batch 999                     | --effective_batch 999: 36 samples
+TINY --batch_size auto --effective_batch 31 --max_samples 34 | --effective_batch 31: no batch fits
+TINY --batch_size auto --memory_gb 0.001       | --batch_size auto fits in memory
+TINY --monitor speed |
+    --monitor 'speed': train_loss, train_accuracy, val_loss, val_accuracy
+TINY --val_fraction 0 --early_stopping 2       | --early_stopping: needs validation data
+TINY --val_fraction 0 --monitor val_loss       | --monitor 'val_loss': train_loss
+TINY --max_samples 1                           | --val_fraction leaves no validation
+TINY --crop_padding 24                         | --crop_padding 24 below the image size, 24
+TINY --cutout 24                               | --cutout 24: below the image size, 24
+TINY --pretrained nowhere.pth                  | nowhere.pth: no such checkpoint
+TINY --pretrained folder                       | folder: no such checkpoint
+TINY --pretrained file                         | file:
+TINY --pretrained                              | --pretrained: efficientnet_b0
+--data a.npz --image_size 32 --pretrained stopped.pt |
+    --pretrained stopped.pt: missing in the weights
+TINY --pretrained stopped.pt --model_args widths=8,16,32,64 |
+    --pretrained stopped.pt: 48x32x3x3 64x32x3x3
+SUDOKU --data a.npz                            | a.npz: line 1:
+--model custom --data p.csv |
+    p.csv: not a whole NPZ file puzzles need --model sudoku_gnn
+
+--copy train_stp --output a.py                 | --copy 'train_stp': did you mean train_step?
+--copy main nothing --output a.py              | --copy 'nothing': is no function
+--copy --output a.py                           | --copy: expected at least one argument
+--find_lr --output no/a.csv                    | --output no/a.csv: in a folder that exists
+--find_lr --output folder.csv                  | --output folder.csv: must be a .csv file
+--find_lr --data p.csv --output p.csv          | --output p.csv: is an input
+--predict --input p.csv --output p.csv         | --output p.csv: is an input
+--evaluate nowhere.pt                          | nowhere.pt: no such checkpoint
+--evaluate empty                               | empty: no such checkpoint; give a .pt file of a run
+--evaluate file                                | file: not a whole checkpoint
+--evaluate foreign.pt                          | foreign.pt: has no metadata
+--evaluate puzzles.pt                          | puzzles.pt: no test or val split
+--evaluate puzzles.pt --tta                    | --tta: is for pictures
+--evaluate stopped.pt --data p.csv             | p.csv: not a whole NPZ file
+--evaluate stopped.pt --data nowhere           | --data nowhere: no such file
+--evaluate stopped.pt --model_args message_steps=8 | --model_args 'message_steps': there are widths
+--evaluate stopped.pt --model_args widths=8,16,32,64 | stopped.pt: 48x32x3x3 64x32x3x3
+--evaluate puzzles.pt --model_args message_steps=0 | message_steps: must be from 1
+--predict foreign.pt --input photos            | foreign.pt: has no metadata
+--predict stopped.pt --input nowhere/*         | --input nowhere/*: no picture there
+--predict stopped.pt --input empty             | --input empty: no picture there
+--predict stopped.pt --input photos --search   | --search: is for puzzles
+--predict stopped.pt --input photos --output a.sdm | --output a.sdm: .csv .json
+--predict puzzles.pt --input p.csv --output a.json | --output a.json: .csv .sdm .sdk
+--predict puzzles.pt --input folder            | --input folder: is not one file of puzzles
+--predict puzzles.pt --input p.csv p.csv       | --input p.csv p.csv: is not one file
+--predict --input photos/a.jpg |
+    --input photos/a.jpg: name a checkpoint: --predict CKPT
+--export nowhere.pt --output a.pt2             | nowhere.pt: no such checkpoint
+
+--run_name stopped                             | --run_name stopped: exists; --resume stopped
+TINY --run_name stopped --resume other |
+    --resume 'other': no such run there are done, older, puzzles, stopped
+--resume nothing                               | --resume 'nothing': no such run
+--resume done                                  | --resume done: finished already
+--resume --run_name done                       | --resume done: finished already
+--resume older                                 | has no flags
+--resume --run_name older                      | has no flags
+--resume stopped --lr 0.5                      | --lr 0.5: the run has 0.003
+--resume stopped --epochs 9                    | --epochs 9: the run has 10
+--resume stopped --model sudoku_gnn            | --model sudoku_gnn: the run has custom
+--resume stopped --config cpu                  | the run has
+--resume stopped --model_args widths=8,16,32,64 |
+    --model_args widths=8,16,32,64 the run has (8, 16, 32, 48)
+--resume stopped --scheduler_args pct_start=0.2 | --scheduler_args pct_start=0.2 the run has
+--resume stopped --data p.csv                  | p.csv: not a whole NPZ file
+"""
+SHORT = {"TINY": TINY, "SUDOKU": SUDOKU}
+CASES = []
+for line in filter(None, WORDS.replace("|\n", "|").splitlines()):
+    flags, message = line.split("|")
+    CASES.append((sum((SHORT.get(word, [word]) for word in flags.split()), []), message))
+CASES += [  # what no line of words can hold
+    (["--run_name", ""], "--run_name: must be 1 to 64"),
+    (["--run_name", "x" * 65], "--run_name: must be 1 to 64"),
+    (["--run_name", "a\n"], r"--run_name: got 'a\n'"),
+    (["--run_name", "a\u202eb"], r"--run_name: got 'a\u202eb'"),
+    (["--epochs", "9" * 400], "--epochs: must be"),
+    (["--" + LONG], "is no flag; see --help"),
+    (["--model", LONG], "--model: invalid choice 'sudoku_gnn'"),
+    (["--config", LONG], "is no preset; there are efficientnet_b0_4gb"),
+    (["--device", "a\x1b[31m\nb"], r"--device a\x1b[31m\nb: not on this machine"),
+    ([*TINY, "--monitor", "a\nb" * 99], "--monitor is not measured train_loss"),
+    ([*TINY, "--model_args", LONG + "=1"], "--model_args is no argument; there are"),
+    ([*TINY, "--model_args", "widths=" + "8," * 2000], "--model_args widths: 4 integers"),
+    ([*TINY, "--model_args", "a\nb=1"], r"--model_args 'a\nb': is no argument"),
+    (["--copy", LONG, "--output", "a.py"], "--copy is no function"),
+    (["--find_lr", "--output", "x" * 240 + ".csv"], "--output at most 200 bytes"),
+]
+PATHS = [  # a flag that takes a path, among the flags it needs
+    ["--data"],
+    ["--cache_dir"],
+    ["--find_lr", "--output"],
+    ["--pretrained"],
+    ["--evaluate"],
+    ["--predict", "--input"],
+    ["--resume"],
+]
+NO_NAME = "is a name that no file can have"
+CASES += [
+    ([*flags, text], f"{flags[-1]}: {words}")
+    for flags in PATHS
+    for text, words in (
+        ("a\0b", NO_NAME + r" got 'a\x00b'"),
+        ("\ud800", NO_NAME),
+        (LONG, NO_NAME),
+        ("x/" * 3000, NO_NAME),
+    )
+]
+CASES += [([*flags, ""], f"{flags[-1]}: is empty") for flags in PATHS if flags != ["--resume"]]
+for mode, forms in train.OUTPUTS.items():  # each mode writes its own forms
+    argv = [
+        f"--{mode}",
+        *["file"] * (mode != "find_lr"),
+        *["--input", "p.csv"] * (mode == "predict"),
+    ]
+    CASES.append(([*argv, "--output", "a.png"], f"--output a.png: {' or '.join(forms)} file"))
+if hasattr(os, "mkfifo"):
+    CASES += [
+        (["--data", os.devnull], "is neither a file nor a folder"),
+        ([*SUDOKU, "--data", os.devnull], "is neither a file nor a folder"),
+    ]
+
+
+NAMES = [" ".join(argv)[-60:].encode("unicode_escape").decode() for argv, _ in CASES]
+
+
+@pytest.mark.parametrize("argv, words", CASES, ids=NAMES)
+def test_a_flag_that_cannot_be_meant_is_refused(argv, words, made, monkeypatch):
+    monkeypatch.chdir(made)
+    refused(argv, words)
+
+
+def flags_of(argv, **changes):
+    args, _ = train.parse_flags(argv.split())
+    return SimpleNamespace(**{**vars(args), **changes})
+
+
+@pytest.mark.parametrize("mode", train.READ_BY)
+def test_a_mode_refuses_each_flag_that_it_does_not_read(mode):
+    args = flags_of("", **{mode: ["x"]})
+    for key in vars(args):
+        if key not in train.READ_BY[mode]:
+            with pytest.raises(ValueError, match=f"--{key}: does not go with --{mode}"):
+                train.check_flags(args, {mode: ["x"], key: 1})
+
+
+@pytest.mark.parametrize("key", train.NEEDS)
+def test_a_flag_that_needs_others_is_refused_without_them(key):
+    needs = " or ".join(f"--{other}" for other in train.NEEDS[key])
+    with pytest.raises(ValueError, match=f"--{key}: needs {needs}"):
+        train.check_flags(flags_of("", **{key: ["x"]}), {key: ["x"]})
+
+
+@pytest.mark.parametrize("key", sorted(train.IMAGE_FLAGS))
+def test_a_flag_for_pictures_is_refused_for_puzzles(key):
+    with pytest.raises(ValueError, match=f"--{key}: is for pictures, not for --model sudoku_gnn"):
+        train.check_flags(flags_of("--model sudoku_gnn"), {"model": "sudoku_gnn", key: 1})
+
+
+# -------------------------------------------------------------------------------------- environment
 
 
 def test_torch_that_is_too_old_is_named_with_the_version_it_takes(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert "torch 2.9.1+cu128: too old; give 2.10 or later" in refused()
+    refused("--data nowhere", "torch 2.9.1+cu128: too old 2.10")
     for version in ("2.10.0", "3.0.0a0+git1"):
         monkeypatch.setattr(torch, "__version__", version)
-        assert "2.10" not in refused("--data", "nowhere")
+        refused("--data nowhere", "--data nowhere: no such file")
+
+
+ALONE = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
+ENVIRONMENTS = [  # variables, flags, words
+    (ALONE, "--data a.npz", "MASTER_ADDR: is not set torchrun"),
+    ({"WORLD_SIZE": "2"}, "--data a.npz", "RANK: is not set torchrun"),
+    (ALONE, "--evaluate stopped.pt", "--evaluate: one process without torchrun"),
+    ({"TORCHELASTIC_MAX_RESTARTS": "3"}, "--data a.npz", "--resume --run_name NAME"),
+    ({"TORCHELASTIC_MAX_RESTARTS": "3"}, "--run_name a", "--resume --run_name NAME"),
+]
+
+
+@pytest.mark.parametrize("variables, flags, words", ENVIRONMENTS)
+def test_a_start_by_torchrun_that_lacks_something_is_refused(
+    variables, flags, words, made, monkeypatch
+):
+    monkeypatch.chdir(made)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(flags, words)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(made, monkeypatch):
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    refused([*TINY, "--run_name", "new"], "runs/new: needs MiB, 0.0 are free; make room")
 
 
 def test_memory_that_runs_out_before_the_run_is_one_line(monkeypatch):
     def full(*arguments):
         raise MemoryError("Unable to allocate 7 GiB for an array")
 
-    monkeypatch.setattr(train, "prepare_run", full)
+    monkeypatch.setattr(train, "prepare", full)
     status, line = outcome(lambda: train.main([]))
-    assert status == 1 and is_one_line(line) and "Unable to allocate 7 GiB" in line and not everything()
+    assert status == 1 and is_one_line(line) and "Unable to allocate 7 GiB" in line
+    assert not everything()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads and writes everything")
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_package_that_is_not_there_is_named_with_its_remedy(package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(f"--{package}", f"--{package} needs {package} pip install {package}")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
 def test_a_file_that_may_not_be_read_is_refused_by_its_name():
-    for name, flags in (("a.npz", ["--data", "a.npz"]), ("a.pt", ["--evaluate", "a.pt"])):
+    for name, flags in (("a.npz", "--data a.npz"), ("a.pt", "--evaluate a.pt")):
         Path(name).write_bytes(b"x")
         Path(name).chmod(0)
-        status, line = outcome(lambda: train.main(flags))
-        Path(name).chmod(0o600)
-        assert status == 2 and is_one_line(line) and f"{name}: Permission denied; " in line
+        refused(flags, f"{name}: Permission denied;")
+    Path("shut").mkdir(mode=0o500)
+    refused("--find_lr --output shut/a.csv", "--output shut/a.csv: cannot be written to")
 
 
-@pytest.mark.parametrize(
-    "command, message",
-    [("model.py 3", "model.py takes no arguments, got '3'; "), ("model.py --help", "takes no arguments, got '--help'"),
-     ("utils.py", "no file; give one: python utils.py runs/NAME/metrics.csv"), ("utils.py -x", "'-x' is no file; "),
-     ("utils.py nowhere.csv", "nowhere.csv: cannot be read"), ("data.py", "required: --output"),
-     ("data.py --count few --output a.csv", "--count: invalid int value: 'few'"),
-     ("data.py --count 0 --output a.csv", "--count must be"), ("data.py --seed -1 --output a.csv", "--seed 0 or more"),
-     ("data.py --count 99999999999 --output a.csv", "--count must be 1 to 10,000,000, got 99,999,999,999"),
-     ("data.py --level odd --output a.csv", "--level: invalid choice: 'odd'")],
-)  # fmt: skip
-def test_the_other_files_refuse_in_one_line_too(command, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", command.split())
-    status, line = outcome(lambda: runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__"))
-    assert status == 2 and is_one_line(line) and message in line and not everything()
+# -------------------------------------------------------------------------------------- checkpoints
 
 
-# ---------------------------------------------------------------------------------------- configs.json
+def checkpoint(made, kind):
+    """A file that is no good checkpoint, made from a good one."""
+    good, meta = (
+        made / "stopped.pt",
+        lambda **changes: {**whole, "meta": {**whole["meta"], **changes}},
+    )
+    whole, raw = utils.load_checkpoint(good), bytearray(good.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    bytes_of = {
+        "text": b"hello",
+        "nothing": b"",
+        "half": raw[: len(raw) // 2],
+        "a flipped bit": raw,
+    }
+    if kind in bytes_of:
+        Path("bad.pt").write_bytes(bytes_of[kind])
+        return
+    torch.save(
+        {
+            "code": {**whole, "f": train.Task},
+            "a tensor": torch.zeros(3),
+            "a later format": {"format_version": 99},
+            "an odd format": {**whole, "format_version": "x"},
+            "no metadata": {"model": whole["model"]},
+            "odd metadata": {**whole, "meta": 3},
+            "an unknown model": meta(model="resnet"),
+            "odd arguments": meta(arguments=3),
+            "unknown arguments": meta(arguments={"length": 3}),
+            "other classes": meta(num_classes=3),
+            "no number of classes": meta(num_classes="x"),
+            "no weights": {**whole, "model": None},
+            "weights of no name": {**whole, "model": {"a": torch.zeros(1)}},
+            "weights that are none": {**whole, "model": {name: 3 for name in whole["model"]}},
+        }[kind],
+        "bad.pt",
+    )
 
 
-DEEP = "[" * 900 + "]" * 900
-BAD_CONFIGS = {
-    "nothing at all": ("", "configs.json:1:1: not JSON"),
-    "half a string": ('{"p": {"epochs": 3},\n "q": "a', "configs.json:2:7: not JSON"),
-    "a number with too many digits": ('{"p": {"epochs": ' + "9" * 5000 + "}}", "configs.json: "),
-    "a value nested deep": ('{"p": {"epochs": ' + DEEP + "}}", "configs.json: "),
-    "a flag that holds an object": ('{"p": {"epochs": {"a": 1}}}', "epochs must be an integer at least 1, got"),
-    "a value for a name that is no text": ('{"p": {"run_name": 3}}', "run_name must be a string, got 3"),
-    "a text for a switch": ('{"p": {"flip": "true"}}', "flip must be true or false, got 'true'"),
-    "a text for a number": ('{"p": {"epochs": "3"}}', "epochs must be a number, got '3'"),
-    "an integer for a name of two words": ('{"p": {"amp": true}}', "amp must be a string, got true"),
-    "negative infinity": ('{"p": {"lr": -Infinity}}', "-Infinity is no number for JSON; give a finite one"),
-    "a key twice above": ('{"p": {}, "p": {}}', "key 'p' stands twice; remove one"),
-    "a key twice far below": ('{"p": {}, "q": {"r": {"a": 1, "a": 2}}}', "key 'a' stands twice; remove one"),
-    "a long key twice": ('{"' + LONG + '": 1, "' + LONG + '": 2}', "stands twice; remove one"),
-    "a bare number": ("3", "configs.json: must be an object of objects"),
-    "a preset that is no object": ('{"p": 3}', "configs.json: must be an object of objects"),
-    "no preset at all": ("{}", "--config 'p' is no preset; there are none"),
-    "half a character": (r'{"p": {"data": "\ud800"}}', "data is a name that no file can have"),
-    "a NUL in a path": (r'{"p": {"cache_dir": "a\u0000"}}', "cache_dir is a name that no file can have"),
-    "a byte-order mark": ("\ufeff{}", "configs.json:1:1: not JSON"),
-    "more than a preset file can be": (" " * 2**20 + "{}", "configs.json: over 1,048,576 bytes; "),
+DAMAGE = {  # kind: words of --evaluate, words of --pretrained or None where it is good enough
+    "text": ("bad.pt: not a whole checkpoint", "bad.pt:"),
+    "nothing": ("bad.pt: not a whole checkpoint", "bad.pt:"),
+    "half": ("bad.pt: not a whole checkpoint", "bad.pt:"),
+    "a flipped bit": (
+        "bad.pt: not a whole checkpoint damaged at",
+        "bad.pt: not a whole checkpoint",
+    ),
+    "code": ("bad.pt: more than tensors",) * 2,
+    "a tensor": ("bad.pt: holds a Tensor",) * 2,
+    "a later format": ("bad.pt: format 99 up to 1",) * 2,
+    "an odd format": ("bad.pt: format",) * 2,
+    "no metadata": ("bad.pt: has no metadata", None),
+    "odd metadata": ("bad.pt: has no metadata", None),
+    "an unknown model": ("bad.pt: metadata", None),
+    "odd arguments": ("bad.pt: metadata", None),
+    "unknown arguments": ("bad.pt: metadata", None),
+    "other classes": ("bad.pt: head.weight is 4x48, needs 3x48", None),
+    "no number of classes": ("bad.pt: metadata", None),
+    "no weights": ("bad.pt: weights",) * 2,
+    "weights of no name": ("bad.pt: missing in the weights",) * 2,
+    "weights that are none": ("bad.pt: weights",) * 2,
 }
 
 
-@pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_presets_that_are_damaged_name_the_file_and_the_place(case, monkeypatch):
-    text, message = BAD_CONFIGS[case]
-    Path("configs.json").write_text(text, encoding="utf-8")
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_its_name(kind, made):
+    checkpoint(made, kind)
+    write_arrays("a.npz")
+    evaluate, pretrained = DAMAGE[kind]
+    refused("--evaluate bad.pt", evaluate)
+    if pretrained:
+        refused([*TINY, "--pretrained", "bad.pt"], pretrained)
+
+
+def test_changed_data_is_refused_on_resume(made, monkeypatch):
+    shutil.copytree(made / "runs", "runs")
+    write_arrays("a.npz", classes=5)
+    refused(
+        ["--resume", "stopped", "--data", "a.npz"], "--resume: the data changed, classes was ['0'"
+    )
+
+
+def test_no_run_to_go_on_with_is_said():
+    refused("--resume", "--resume: no unfinished run with a checkpoint")
+    refused("--resume nothing", "--resume 'nothing': no such run there are none")
+
+
+# ------------------------------------------------------------------------------------- configs.json
+
+
+DEEP = "[" * 900 + "]" * 900
+CONFIGS = {  # what the file holds: the words of its line
+    "": "configs.json:1:1: not JSON",
+    '{"p": {"epochs": 3},\n "q": "a': "configs.json:2:7: not JSON",
+    '{"p": {"epochs": 3,}}': "configs.json:1: not JSON",
+    "\ufeff{}": "configs.json:1:1: not JSON",
+    '{"p": {"epochs": ' + "9" * 5000 + "}}": "configs.json:",
+    '{"p": {"epochs": ' + DEEP + "}}": "configs.json:",
+    "[" * 100_000: "configs.json: nested too deep",
+    " " * 2**20 + "{}": "configs.json: over 1,048,576 bytes",
+    b'{"p": "\xff"}': "configs.json: not UTF-8 at byte 7",
+    "3": "configs.json: an object of objects",
+    '["p"]': "configs.json: an object of objects",
+    '{"p": 3}': "configs.json: an object of objects",
+    "{}": "--config 'p' is no preset; there are none",
+    '{"q": {}}': "--config 'p' is no preset; there are q",
+    '{"p": {}, "p": {}}': "configs.json: key 'p' stands twice",
+    '{"p": {}, "q": {"r": {"a": 1, "a": 2}}}': "key 'a' stands twice",
+    '{"p": {"model_args": {"width": 3, "width": 4}}}': "key 'width' stands twice",
+    '{"' + LONG + '": 1, "' + LONG + '": 2}': "stands twice; remove one",
+    '{"p": {"lr": NaN}}': "NaN is no number",
+    '{"p": {"lr": -Infinity}}': "-Infinity is no number",
+    '{"p": {"lr": 1e999}}': "lr: must be a number",
+    '{"p": {"lr": null}}': "lr must be a flag",
+    '{"p": {"lr": [1]}}': "lr must be a flag",
+    '{"p": {"epoch": 3}}': "epoch did you mean --epochs?",
+    '{"p": {"-x": 3}}': "'-x' must be a flag",
+    '{"p": {"help": true}}': "help",
+    '{"p": {"epochs": true}}': "epochs: must be an integer got 'True'",
+    '{"p": {"epochs": "3"}}': "epochs '3': is of another type",
+    '{"p": {"epochs": 2.5}}': "epochs: must be an integer",
+    '{"p": {"epochs": {"a": 1}}}': "epochs: must be an integer",
+    '{"p": {"flip": "true"}}': "flip 'true': is of another type",
+    '{"p": {"amp": true}}': "amp True: is of another type",
+    '{"p": {"model": "resnet"}}': "model: invalid choice",
+    '{"p": {"model": 3}}': "model: invalid choice",
+    '{"p": {"run_name": 3}}': "run_name 3: is of another type",
+    '{"p": {"run_name": "../x"}}': "run_name: must be",
+    '{"p": {"resume": "x"}}': "resume 'x': is no flag for a preset",
+    '{"p": {"find_lr": true}}': "find_lr True: is no flag for a preset",
+    '{"p": {"copy": {"x": 1}}}': "copy {'x': 1}: is no flag for a preset",
+    '{"p": {"config": "q"}}': "config 'q': is no flag for a preset",
+    r'{"p": {"data": "\ud800"}}': "data: is a name that no file can have",
+    r'{"p": {"cache_dir": "a\u0000"}}': "cache_dir: is a name that no file can have",
+    '{"p": {"model_args": "widths=1,2"}}': "model_args 'widths=1,2': is of another type",
+    '{"p": {"model_args": 3}}': "model_args KEY=VALUE",
+    '{"p": {"model_args": {}}}': "'model_args' must be a flag an object",
+    '{"p": {"model_args": ["widths=3"]}}': "'model_args' must be a flag an object",
+    '{"p": {"model_args": {"widths": []}}}': "'model_args' must be a flag an object",
+    '{"p": {"model_args": {"widths": null}}}': "'model_args' must be a flag an object",
+    '{"p": {"model_args": {"widths": [[1]]}}}': "'model_args' must be a flag an object",
+    '{"p": {"model_args": {"widths": {"a": 1}}}}': "'model_args' must be a flag an object",
+    '{"p": {"model_args": {"dropout": 0.1, "--epochs": 3}, "data": "no"}}': "model_args --epochs",
+    '{"p": {"model_args": {"--evaluate": "x"}}}': "model_args",
+    '{"p": {"model_args": {"width": 3}}}': "model_args 'width': is no argument; there are dropout",
+    '{"p": {"model": "custom", "model_args": {"width": 3}}}': "'width': did you mean widths?",
+    '{"p": {"model": "custom", "model_args": {"widths": [8, 16]}}}': "widths: 4 integers got",
+    '{"p": {"model": "custom", "model_args": {"widths": ["a", 8, 8, 8]}}}': "widths: 4 integers",
+    '{"p": {"model": "custom", "model_args": {"whiten": 1}}}': "whiten: True or False, got '1'",
+    '{"p": {"scheduler_args": {"pct_start": true}}}': "pct_start: must be a number",
+    '{"p": {"scheduler_args": {"pct_start": 7}}}': "pct_start: must be from 0 to 1",
+    '{"p": {"scheduler_args": {"patience": 7}}}': "'patience': is no argument; there are pct_start",
+    None: "configs.json: no such file",
+    Path: "configs.json: Is a directory",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS, ids=[f"{content}"[:60] for content in CONFIGS])
+def test_presets_that_are_damaged_name_the_file_and_the_place(content, monkeypatch):
+    if content is Path:
+        Path("configs.json").mkdir()
+    elif content is not None:
+        raw = content if isinstance(content, bytes) else content.encode()
+        Path("configs.json").write_bytes(raw)
     monkeypatch.setattr(train, "__file__", str(Path("train.py").absolute()))
-    assert message in refused("--config", "p")
+    refused("--config p", CONFIGS[content])
 
 
-def test_presets_that_are_a_folder_are_refused_by_their_path(monkeypatch):
-    Path("configs.json").mkdir()
-    monkeypatch.setattr(train, "__file__", str(Path("train.py").absolute()))
-    assert "configs.json: Is a directory; " in refused("--config", "p")
-
-
-# ------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def npy(shape, descr="|u1", body=b"", version=(1, 0), length=None):
     """The bytes of an array file whose header may lie."""
-    header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("latin-1", "replace") + b"\n"
+    header = (
+        repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("latin-1", "replace")
+        + b"\n"
+    )
     size = len(header) if length is None else length
-    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", size) + header + body
+    return (
+        b"\x93NUMPY"
+        + bytes(version)
+        + struct.pack("<H" if version == (1, 0) else "<I", size)
+        + header
+        + body
+    )
 
 
 def zipped(path, members, compression=zipfile.ZIP_DEFLATED):
@@ -265,10 +672,19 @@ def pictures(root, classes=("ant", "bee"), splits=("",), count=3, size=(30, 24))
 
 def png(width, height, body=b""):
     """A PNG whose header declares these sides."""
-    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(
-        ">I", zlib.crc32(kind + content))  # fmt: skip
+    chunk = lambda kind, content: (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(body))
+        + chunk(b"IEND", b"")
+    )
 
 
 def linked(place, target):
@@ -300,12 +716,13 @@ def link_in(kind):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
-@pytest.mark.parametrize("kind", ["class", "split", "file of a class", "idx", "cifar", "cifar folder", "sudoku"])
+@pytest.mark.parametrize(
+    "kind", ["class", "split", "file of a class", "idx", "cifar", "cifar folder", "sudoku"]
+)
 def test_a_link_that_leads_out_of_the_data_folder_is_refused(kind):
     root = link_in(kind)
     family = "sudoku_gnn" if kind == "sudoku" else "custom"
-    line = refused("--model", family, "--data", root)
-    assert "a link that leads out of root; copy the " in line and "error: root/" in line
+    refused(["--model", family, "--data", root], "error: root/ a link that leads out of root; copy")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
@@ -409,9 +826,9 @@ def text_file(text, name="p.csv"):
 
 
 def packed_lines(content, name="p.csv.gz"):
-    with gzip.open(name, "wb", 1) as file:
-        for part in content:
-            file.write(part)
+    """A gzip file of a member for each part, equal parts packed once."""
+    packed = {part: gzip.compress(part, 1) for part in content}
+    Path(name).write_bytes(b"".join(packed[part] for part in content))
     return Path(name)
 
 
@@ -419,63 +836,142 @@ X, Y = arrays()
 HUGE = (2**16, 2**8, 2**8)  # 4 GiB, below the limit of what is read
 LIE = "declares 4,294,967,296 bytes"
 BAD_DATA = {  # images, or puzzles where the name begins with "puzzle"
-    "a folder of an idx name beside labels": (labels_only, "images and labels come in pairs; the other file is"),
-    "idx of a wrong number of labels": (lambda: idx(Path("f"), ((4, 2, 2), bytes(16)), ((3,), bytes(3))), "4 images"),
-    "idx that declares more than it holds": (lambda: idx(Path("f"), (HUGE, b"abc"), ((1,), b"a")), f"{LIE}, has 3"),
-    "packed idx that declares more": (lambda: idx(Path("f"), (HUGE, b"abc"), ((1,), b"a"), ".gz"), f"{LIE}, has 3"),
-    "idx of no image": (lambda: idx(Path("f"), ((0, 5, 5), b""), ((0,), b"")), "images must be [N, H, W]"),
+    "a folder of an idx name beside labels": (
+        labels_only,
+        "images and labels come in pairs; the other file is",
+    ),
+    "idx of a wrong number of labels": (
+        lambda: idx(Path("f"), ((4, 2, 2), bytes(16)), ((3,), bytes(3))),
+        "4 images",
+    ),
+    "idx that declares more than it holds": (
+        lambda: idx(Path("f"), (HUGE, b"abc"), ((1,), b"a")),
+        f"{LIE}, has 3",
+    ),
+    "packed idx that declares more": (
+        lambda: idx(Path("f"), (HUGE, b"abc"), ((1,), b"a"), ".gz"),
+        f"{LIE}, has 3",
+    ),
+    "idx of no image": (
+        lambda: idx(Path("f"), ((0, 5, 5), b""), ((0,), b"")),
+        "images must be [N, H, W]",
+    ),
     "npz that declares more than it holds": (
-        lambda: zipped(Path("a.npz"), {"x.npy": npy(HUGE), "y.npy": npy((2**16,))}), f"a.npz: {LIE}"),
+        lambda: zipped(Path("a.npz"), {"x.npy": npy(HUGE), "y.npy": npy((2**16,))}),
+        f"a.npz: {LIE}",
+    ),
     "npz of many arrays below the limit": (
-        lambda: zipped(Path("a.npz"), {f"x_{i}.npy": npy((2**20, 1024)) for i in range(9)}), "a.npz: declares"),
+        lambda: zipped(Path("a.npz"), {f"x_{i}.npy": npy((2**20, 1024)) for i in range(9)}),
+        "a.npz: declares",
+    ),
     "npz with a header without end": (
-        lambda: zipped(Path("a.npz"), {"x.npy": npy((1,), version=(2, 0), length=2**26, body=b" " * 2**26)}),
-        "a.npz: EOF: reading array header"),
+        lambda: zipped(
+            Path("a.npz"), {"x.npy": npy((1,), version=(2, 0), length=2**26, body=b" " * 2**15)}
+        ),
+        "a.npz: EOF: reading array header",
+    ),
     "npz with dimensions below 0": (
-        lambda: zipped(Path("a.npz"), {"x.npy": npy((-1, 24, 24), body=bytes(576)), "y.npy": npy((1,), body=b"a")}),
-        "a.npz: "),
-    "npz with a type that is none": (lambda: zipped(Path("a.npz"), {"x.npy": npy((1,), "no type")}), "a.npz: "),
-    "npz nested deep": (lambda: zipped(Path("a.npz"), {"x.npy": npy(0).replace(b"0", b"(" * 900)}), "a.npz: "),
-    "npz that holds text": (lambda: zipped(Path("a.npz"), {"x.npy": b"hello", "y.npy": b"hello"}), "a.npz: "),
+        lambda: zipped(
+            Path("a.npz"),
+            {"x.npy": npy((-1, 24, 24), body=bytes(576)), "y.npy": npy((1,), body=b"a")},
+        ),
+        "a.npz: ",
+    ),
+    "npz with a type that is none": (
+        lambda: zipped(Path("a.npz"), {"x.npy": npy((1,), "no type")}),
+        "a.npz: ",
+    ),
+    "npz nested deep": (
+        lambda: zipped(Path("a.npz"), {"x.npy": npy(0).replace(b"0", b"(" * 900)}),
+        "a.npz: ",
+    ),
+    "npz that holds text": (
+        lambda: zipped(Path("a.npz"), {"x.npy": b"hello", "y.npy": b"hello"}),
+        "a.npz: ",
+    ),
     "npz that is encrypted": (encrypted, "a.npz: not a whole NPZ file (File"),
     "npz of an unknown compression": (lambda: compressed_by(99), "a.npz: not a whole NPZ file"),
     "npz of objects": (lambda: npz(x=np.array([{}]), y=Y[:1]), "allow_pickle=False"),
     "npz with labels beyond 63 bits": (
-        lambda: npz(x=X[:3], y=np.array([0, 2**64 - 1, 1], np.uint64)), "row 1 has 18446744073709551615"),
-    "npz with a label too high": (lambda: npz(x=X[:3], y=np.array([0, 1, 65_536])), "row 2 has 65536"),
-    "npz with labels that are fractions": (lambda: npz(x=X, y=Y + 0.5), "labels must be integers from 0; got float64"),
+        lambda: npz(x=X[:3], y=np.array([0, 2**64 - 1, 1], np.uint64)),
+        "row 1 has 18446744073709551615",
+    ),
+    "npz with a label too high": (
+        lambda: npz(x=X[:3], y=np.array([0, 1, 65_536])),
+        "row 2 has 65536",
+    ),
+    "npz with labels that are fractions": (
+        lambda: npz(x=X, y=Y + 0.5),
+        "labels must be integers from 0; got float64",
+    ),
     "npz of strips that no resize can take": (
-        lambda: npz(x=np.zeros((2, 1, 10**6), np.uint8), y=Y[:2]), "1x1000000 images become 32x32000000, over 89,"),
-    "npz of a number and no list": (lambda: npz(x=np.uint8(3), y=np.uint8(3)), "images must be [N, H, W]"),
-    "cifar larger than the limit": (cifar_sparse, "data_batch_1.bin: 12,292,000,000 bytes; at most"),
+        lambda: npz(x=np.zeros((2, 1, 10**6), np.uint8), y=Y[:2]),
+        "1x1000000 images become 32x32000000, over 89,",
+    ),
+    "npz of a number and no list": (
+        lambda: npz(x=np.uint8(3), y=np.uint8(3)),
+        "images must be [N, H, W]",
+    ),
+    "cifar larger than the limit": (
+        cifar_sparse,
+        "data_batch_1.bin: 12,292,000,000 bytes; at most",
+    ),
     "cifar that is a FIFO": (cifar_fifo, "needs two class folders"),
     "a FIFO": (lambda: fifo("p"), "--data p: is neither a file nor a folder"),
     "a bomb by its header": (bad_names, "0.png: is over 89,478,485 pixels"),
-    "a picture of half a header": (cut_header, "2.png: cannot be decoded (Truncated File Read); replace or"),
-    "a picture of another kind": (tiff, "x.png: not a whole picture in JPEG, PNG, BMP, WEBP, GIF; convert or remove"),
-    "a class without a picture": (no_pictures, "f/cow: no image in this class folder; add some or remove it"),
-    "classes that differ": (other_classes, "f/val: class folders differ from f/train's in ['bee', 'cow']; they must"),
-    "puzzles that are a FIFO": (lambda: fifo("p.csv"), "--data p.csv: is neither a file nor a folder"),
-    "puzzles with an unknown header": (lambda: text_file("board,answer\n1,2\n"), "p.csv: line 1: neither 81 cells nor"),
-    "puzzles in train and val": (puzzle_splits, "puzzle 1 of val stands in train too; remove it from one"),
-    "puzzles of a header without end": (lambda: text_file("puzzle," * 20_000), "p.csv: line 1: too long for a puzzle"),
+    "a picture of half a header": (
+        cut_header,
+        "2.png: cannot be decoded (Truncated File Read); replace or",
+    ),
+    "a picture of another kind": (
+        tiff,
+        "x.png: not a whole picture in JPEG, PNG, BMP, WEBP, GIF; convert or remove",
+    ),
+    "a class without a picture": (
+        no_pictures,
+        "f/cow: no image in this class folder; add some or remove it",
+    ),
+    "classes that differ": (
+        other_classes,
+        "f/val: class folders differ from f/train's in ['bee', 'cow']; they must",
+    ),
+    "puzzles that are a FIFO": (
+        lambda: fifo("p.csv"),
+        "--data p.csv: is neither a file nor a folder",
+    ),
+    "puzzles with an unknown header": (
+        lambda: text_file("board,answer\n1,2\n"),
+        "p.csv: line 1: neither 81 cells nor",
+    ),
+    "puzzles in train and val": (puzzle_splits, "puzzle 1 of val in train too; remove it"),
+    "puzzles of a header without end": (
+        lambda: text_file("puzzle," * 20_000),
+        "p.csv: line 1: too long for a puzzle",
+    ),
     "puzzles with a line of spaces": (
-        lambda: text_file(f"{PUZZLE}\n{' ' * 2**20}\n{PUZZLE}\n", "p.sdm"), "p.sdm: line 2: too long for a puzzle"),
-    "puzzles with too few cells": (lambda: text_file(f"puzzle,solution\n{PUZZLE},{SOLUTION[1:]}\n"), "line 2: has 80"),
-}  # fmt: skip
+        lambda: text_file(f"{PUZZLE}\n{' ' * 2**20}\n{PUZZLE}\n", "p.sdm"),
+        "p.sdm: line 2: too long for a puzzle",
+    ),
+    "puzzles with too few cells": (
+        lambda: text_file(f"puzzle,solution\n{PUZZLE},{SOLUTION[1:]}\n"),
+        "line 2: has 80",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_data_that_is_damaged_is_refused_by_its_path(case):
     make, message = BAD_DATA[case]
     family = "sudoku_gnn" if case.startswith("puzzle") else "custom"
-    assert message in refused("--model", family, "--data", make())
+    refused(["--model", family, "--data", make()], message)
 
 
 def test_a_puzzle_file_of_more_text_than_the_limit_is_refused_by_its_line(monkeypatch):
     monkeypatch.setattr(data, "MAX_ARRAY_BYTES", 100_000)
     path = packed_lines([f"{PUZZLE}\n".encode() * 1000] * 2)
-    with pytest.raises(ValueError, match="p.csv.gz: line 1: over 100,000 bytes of text; split the file"):
+    with pytest.raises(
+        ValueError, match="p.csv.gz: line 1: over 100,000 bytes of text; split the file"
+    ):
         data.read_sudoku(path)
     assert len(data.read_sudoku(packed_lines([f"{PUZZLE}\n".encode() * 1000]))[0]) == 1000
 
@@ -508,8 +1004,8 @@ def test_large_pictures_are_resized_in_parts_to_the_same_pixels(monkeypatch):
     assert np.array_equal(whole.splits["train"].images, parts.splits["train"].images)
 
 
-# ---------------------------------------------------------------------------------------- random input
-# A property runs on a few examples, the same each time, and under -m slow on many that are new each time.
+# ------------------------------------------------------------------------------------- random input
+# A property runs on a few examples, the same each time; under -m slow on many, new each time.
 
 
 def often(few, many):
@@ -523,8 +1019,15 @@ def throw(tmp_path_factory):
     hypothesis.configuration.set_hypothesis_home_dir(tmp_path_factory.getbasetemp() / "hypothesis")
 
     def run(check, examples, *strategies):
-        settings = hypothesis.settings(max_examples=examples, derandomize=examples < 1000, deadline=None,
-                                       database=None, suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+        few, phase = examples < 1000, hypothesis.Phase
+        settings = hypothesis.settings(
+            max_examples=examples,
+            derandomize=few,
+            deadline=None,
+            database=None,
+            phases=[phase.generate, *[phase.shrink] * (not few)],  # shrinking takes minutes
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
         settings(hypothesis.given(*strategies)(check))()
 
     return run
@@ -536,133 +1039,178 @@ def st():
 
 
 def one_line_or(call):
-    """What a call gives, or None where it raises what `train.main` says in one line; all else comes through."""
+    """What a call gives; None where it raises what `train.main` says in one line."""
     try:
         return call()
     except (ValueError, OSError) as caught:
         error = caught
-        status, line = outcome(lambda: train.fail(train.said(error)))
+        status, line = outcome(lambda: utils.fail(utils.message_of(error)))
         assert status == 2 and is_one_line(line), (line, error)
         return None
 
 
 GARBAGE = (
-    *"0 1 2 -1 3 0.5 1e-320 1e308 nan inf -inf 1e999 True true auto adaptive a.npz p.csv nowhere . .. / ~".split(),
-    *"~nobody ** [ a.csv runs/x cpu cpu:0 mps cuda:\u00b2 1,2,3 1,2,3,4 -- - -x --epochs %s {} NaN".split(),
-    "", " ", "9" * 400, "9" * 5000, "x" * 300, "x" * 5000, "\0", "\n", "\x1b[31m", "\ud800", "\u00b2", "\u0663",
-    "\u202e", os.devnull,
-)  # fmt: skip
+    *"0 1 2 -1 3 0.5 1e-320 1e308 nan inf -inf 1e999 True true auto adaptive".split(),
+    *"a.npz p.csv nowhere . .. / ~".split(),
+    *"~nobody ** [ a.csv runs/x cpu cpu:0 mps cuda:\u00b2 1,2,3 1,2,3,4".split(),
+    *"-- - -x --epochs %s {} NaN".split(),
+    "",
+    " ",
+    "9" * 400,
+    "9" * 5000,
+    "x" * 300,
+    "x" * 5000,
+    "\0",
+    "\n",
+    "\x1b[31m",
+    "\ud800",
+    "\u00b2",
+    "\u0663",
+    "\u202e",
+    os.devnull,
+)
 
 
 def flag_words(st, values, names=None):
-    """Strategy of command lines: real flags and damaged ones, with fitting values and with others."""
-    actions = [a for a in train.build_parser()._actions if a.dest != "help" and (names is None or a.dest in names)]
-    anything = st.one_of(st.sampled_from(values), st.text(max_size=8), st.integers().map(str), st.floats().map(str))
+    """Strategy of command lines: real and damaged flags, with fitting and other values."""
+    actions = [
+        a
+        for a in train.build_parser()._actions
+        if a.dest != "help" and (names is None or a.dest in names)
+    ]
+    anything = st.one_of(
+        st.sampled_from(values), st.text(max_size=8), st.integers().map(str), st.floats().map(str)
+    )
 
     def words(action):
-        value = st.one_of(anything, st.sampled_from(list(action.choices))) if action.choices else anything
+        value = (
+            st.one_of(anything, st.sampled_from(list(action.choices)))
+            if action.choices
+            else anything
+        )
         name = action.option_strings[0]
-        return st.one_of(st.just([name]), value.map(lambda v: [name, v]), value.map(lambda v: [f"{name}={v}"]),
-                         st.tuples(value, value).map(lambda pair: [name, *pair]))  # fmt: skip
+        return st.one_of(
+            st.just([name]),
+            value.map(lambda v: [name, v]),
+            value.map(lambda v: [f"{name}={v}"]),
+            st.tuples(value, value).map(lambda pair: [name, *pair]),
+        )
 
     known = st.sampled_from(actions).flatmap(words)
     strange = st.one_of(anything.map(lambda v: [v]), anything.map(lambda v: ["--" + v]))
-    return st.lists(st.one_of(known, known, known, strange), max_size=5).map(lambda parts: sum(parts, []))
+    return st.lists(st.one_of(known, known, known, strange), max_size=5).map(
+        lambda parts: sum(parts, [])
+    )
 
 
-def files_for_flags():
-    x, y = arrays()
-    np.savez("a.npz", x=x, y=y)
-    Path("p.csv").write_text(f"puzzle,solution\n{PUZZLE},{SOLUTION}\n")
-
-
-@often(120, 60_000)
-def test_random_flags_end_in_one_line(examples, throw, st, monkeypatch):
-    files_for_flags()
+def end_before_reading(monkeypatch, prepare=None):
+    """Ends each mode in a ValueError: before a file is read, or after `prepare`."""
+    write_arrays("a.npz")
+    write_puzzles("p.csv")
 
     def stop(*arguments):
-        raise ValueError("stopped before the data is read")
+        if prepare:
+            prepare(*arguments)
+        raise ValueError("stopped where the run would begin")
 
-    monkeypatch.setattr(train, "prepare_run", stop)
+    monkeypatch.setattr(train, "prepare", stop)
+    monkeypatch.setattr(train, "load_model", stop)
+    monkeypatch.setattr(utils, "copy_definitions", stop)
+
+
+@often(80, 60_000)
+def test_random_flags_end_in_one_line(examples, throw, st, monkeypatch):
+    end_before_reading(monkeypatch)
     before = everything()
 
     def check(argv):
         status, line = outcome(lambda: train.main(argv))
-        assert (status == 2 and is_one_line(line)) or (status == 0 and {"-h", "--help"} & {*argv}), (status, line)
+        helped = status == 0 and {"-h", "--help"} & {*argv}
+        assert (status == 2 and is_one_line(line)) or helped, (status, line)
         assert everything() == before
 
     throw(check, examples, flag_words(st, GARBAGE))
 
 
-SMALL = "0 1 2 3 5 16 24 0.5 0.9 1e-3 1e-320 1e300 auto adaptive True False a.npz p.csv".split()
-READ_LATE = """data image_size val_fraction max_samples crop_padding flip min_crop_area cutout mixup cutmix val_every
-    seed val_samples whiten epochs batch_size accumulation_steps effective_batch clip_grad_norm optimizer lr swa_lr
-    weight_decay momentum ema_decay swa_start_epoch sam_rho freeze_epochs scheduler max_lr pct_start div_factor
-    final_div_factor anneal warmup_epochs amp channels_last checkpoint_activations early_stopping monitor
-    free_steps grad_steps constraint_weight curriculum focal_gamma label_smoothing""".split()
+SMALL = """
+    0 1 2 3 5 16 24 0.5 0.9 1e-3 1e-320 1e300 auto adaptive True False a.npz p.csv
+    widths=8,16,32,48 widths=2,2,2,2 depths=0,0,0 depths=1,2,1 stem_stride=2 stem_stride=4
+    whiten=True width=4 hidden=4 pooled=1 free_steps=0 grad_steps=1 message_steps=2 pct_start=0
+    pct_start=1 div_factor=1 anneal=linear cycle_momentum=False patience=0 factor=1
+    warmup_steps=3
+""".split()
+READ_LATE = """
+    data image_size val_fraction max_samples crop_padding flip min_crop_area cutout mixup
+    cutmix val_every seed model_args epochs batch_size accumulation_steps effective_batch
+    clip_grad_norm optimizer lr swa_lr weight_decay momentum ema_decay swa_start_epoch sam_rho
+    freeze_epochs scheduler scheduler_args max_lr warmup_epochs amp channels_last
+    checkpoint_activations early_stopping monitor focal_gamma label_smoothing
+""".split()
 
 
-@often(40, 3000)
+@often(30, 3000)
 def test_random_flags_that_parse_end_in_one_line_or_make_a_run(examples, throw, st, monkeypatch):
-    files_for_flags()
-    prepare = train.prepare_run
-
-    def stop(*arguments):
-        prepare(*arguments)
-        raise ValueError("stopped where the run would begin")
-
-    monkeypatch.setattr(train, "prepare_run", stop)
+    end_before_reading(monkeypatch, train.prepare)
     before = everything()
 
     def check(puzzles, argv):
-        data_flags = ["--data", "p.csv", "--val_fraction", "0", "--batch_size", "1"] if puzzles else ["--data", "a.npz"]
-        family = "sudoku_gnn" if puzzles else "custom"
-        status, line = outcome(lambda: train.main(["--model", family, *data_flags, *argv, "--quiet"]))
+        flags = [*(SUDOKU if puzzles else TINY), *argv, "--quiet"]
+        status, line = outcome(lambda: train.main(flags))
         assert status in (1, 2) and is_one_line(line), (status, line)
         assert everything() == before
 
     throw(check, examples, st.booleans(), flag_words(st, SMALL, READ_LATE))
 
 
-@often(200, 30_000)
-def test_random_presets_end_in_one_line(examples, throw, st):
-    actions = {action.dest: action for action in train.build_parser()._actions if action.dest != "help"}
+@often(60, 30_000)
+def test_random_presets_end_in_one_line(examples, throw, st, monkeypatch):
+    actions = [action.dest for action in train.build_parser()._actions if action.dest != "help"]
     texts = st.one_of(st.text(max_size=9), st.sampled_from(GARBAGE))
     scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
-    deeper = lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner))
+    deeper = lambda inner: st.one_of(st.lists(inner), st.dictionaries(texts, inner))
     value = st.recursive(scalar, deeper, max_leaves=8)
-    keys = st.one_of(st.sampled_from(sorted(actions)), st.text(max_size=6))
-    preset = st.dictionaries(st.sampled_from(["p", "q"]), st.dictionaries(keys, value, max_size=4)).map(json.dumps)
-    known = st.tuples(st.text(), st.text()).map("".join)
+    keys = st.one_of(st.sampled_from(actions), st.text(max_size=6))
+    preset = st.dictionaries(keys, value, max_size=4)
+    presets = st.dictionaries(st.sampled_from(["p", "q"]), preset).map(json.dumps)
     real = (ROOT / "configs.json").read_text("utf-8").replace('"cpu"', '"p"')
-    damaged = st.tuples(st.integers(0, len(real)), st.integers(0, 40), st.text(max_size=4)).map(
-        lambda cut: real[: cut[0]] + cut[2] + real[cut[0] + cut[1] :])  # fmt: skip
-    nested = st.tuples(st.sampled_from(['[', '{"p":', '{"p": {"epochs": [']), st.integers(1, 3000)).map(
-        lambda pair: pair[0] * pair[1])  # fmt: skip
-    content = st.one_of(preset, value.map(json.dumps), known, damaged, nested).map(
-        lambda text: text.encode("utf-8", "surrogatepass"))  # fmt: skip
-    path = Path("configs.json").absolute()
+    cuts = st.tuples(st.integers(0, len(real)), st.integers(0, 40), st.text(max_size=4))
+    damaged = cuts.map(lambda cut: real[: cut[0]] + cut[2] + real[cut[0] + cut[1] :])
+    starts = st.tuples(st.sampled_from(["[", '{"p":', '{"p": {"epochs": [']), st.integers(1, 3000))
+    nested = starts.map(lambda pair: pair[0] * pair[1])
+    content = st.one_of(presets, value.map(json.dumps), st.text(), damaged, nested)
+    content = content.map(lambda text: text.encode("utf-8", "surrogatepass"))
+    monkeypatch.setattr(train, "__file__", str(Path("train.py").absolute()))
 
     def check(content):
-        path.write_bytes(content)
+        Path("configs.json").write_bytes(content)
         found = []
-        status, line = outcome(lambda: found.append(train.read_preset(path, "p", actions)))
-        assert (status == 2 and is_one_line(line)) or (status is None and not line), (status, line)
-        assert not found or found[0].keys() <= actions.keys() - set(train.MODES)
+        status, line = outcome(lambda: found.append(train.parse_flags(["--config", "p"])[1]))
+        good = status is None and not line and not found[0].keys() & train.MODES - {"config"}
+        assert good or (status == 2 and is_one_line(line)), (status, line, found)
 
     throw(check, examples, st.one_of(content, content, st.binary(max_size=60)))
 
 
-@often(200, 40_000)
+@often(80, 40_000)
 def test_random_puzzle_files_are_read_or_end_in_one_line(examples, throw, st):
     zeros = PUZZLE.replace(".", "0")
-    board = st.sampled_from([PUZZLE, SOLUTION, "." * 81, PUZZLE[:80], PUZZLE + "1", zeros, PUZZLE[:9]])
-    words = st.sampled_from(["puzzle", "solution", "#", "[Puzzle]", "---+---", '"', "rating", "\ufeff"])
-    cell = st.one_of(board, board, st.text("123456789.0Xx*_", max_size=90), st.text(max_size=5), words)
+    board = st.sampled_from(
+        [PUZZLE, SOLUTION, "." * 81, PUZZLE[:80], PUZZLE + "1", zeros, PUZZLE[:9]]
+    )
+    words = st.sampled_from(
+        ["puzzle", "solution", "#", "[Puzzle]", "---+---", '"', "rating", "\ufeff"]
+    )
+    cell = st.one_of(
+        board, board, st.text("123456789.0Xx*_", max_size=90), st.text(max_size=5), words
+    )
     line = st.lists(cell, max_size=4).map(",".join)
     text = st.lists(st.one_of(line, line, st.sampled_from(["", " ", "\t"])), max_size=14)
-    text = st.tuples(text, st.sampled_from(["\n", "\r\n", "\r", " \n", "\n\n"])).map(lambda pair: pair[1].join(pair[0]))
-    content = st.one_of(text.map(lambda t: t.encode("utf-8", "surrogatepass")), st.binary(max_size=200))
+    text = st.tuples(text, st.sampled_from(["\n", "\r\n", "\r", " \n", "\n\n"])).map(
+        lambda pair: pair[1].join(pair[0])
+    )
+    content = st.one_of(
+        text.map(lambda t: t.encode("utf-8", "surrogatepass")), st.binary(max_size=200)
+    )
     path = Path("p.csv")
 
     def check(content, packed, cut, both):
@@ -671,10 +1219,16 @@ def test_random_puzzle_files_are_read_or_end_in_one_line(examples, throw, st):
         found = one_line_or(lambda: data.read_sudoku(path, both))
         if found is not None:
             puzzles, solutions = found
-            assert puzzles.ndim == 2 and puzzles.shape[1] == 81 and len(puzzles) and puzzles.max() <= 9
+            assert (
+                puzzles.ndim == 2 and puzzles.shape[1] == 81 and len(puzzles) and puzzles.max() <= 9
+            )
             assert data.consistent(puzzles).all()
             if solutions is not None:
-                assert solutions.shape == puzzles.shape and solutions.min() >= 1 and data.consistent(solutions).all()
+                assert (
+                    solutions.shape == puzzles.shape
+                    and solutions.min() >= 1
+                    and data.consistent(solutions).all()
+                )
                 assert (solutions[puzzles > 0] == puzzles[puzzles > 0]).all()
 
     throw(check, examples, content, st.booleans(), st.integers(0, 9), st.booleans())
@@ -684,14 +1238,23 @@ def sound(found, size):
     """Whether what `data.load` gave is what the loop takes."""
     splits = found.splits.values()
     shapes = {split.images.shape[1:] for split in splits}
-    assert len(shapes) == 1 and found.image_size >= 24 and shapes.pop()[:2] == (found.image_size,) * 2
-    assert size in (0, found.image_size) and np.isfinite(found.mean).all() and np.isfinite(found.std).all()
+    assert (
+        len(shapes) == 1 and found.image_size >= 24 and shapes.pop()[:2] == (found.image_size,) * 2
+    )
+    assert (
+        size in (0, found.image_size)
+        and np.isfinite(found.mean).all()
+        and np.isfinite(found.std).all()
+    )
     for split in splits:
         assert len(split.images) == len(split.labels) > 0 and 0 <= split.labels.min()
-        assert split.labels.max() < len(found.classes) and np.asarray(split.images[:2]).dtype == np.uint8
+        assert (
+            split.labels.max() < len(found.classes)
+            and np.asarray(split.images[:2]).dtype == np.uint8
+        )
 
 
-@often(150, 25_000)
+@often(80, 25_000)
 def test_random_idx_files_are_read_or_end_in_one_line(examples, throw, st):
     side = st.one_of(st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**32 - 1))
     body = st.one_of(st.binary(max_size=150), st.just(bytes(144)), st.just(bytes([0, 1] * 40)))
@@ -704,8 +1267,15 @@ def test_random_idx_files_are_read_or_end_in_one_line(examples, throw, st):
             shape, labels = (len(classes), *(min(side, 6) for side in shape[1:])), len(classes)
             images = (images or b"\0") * 36 * len(classes)
             images = images[: shape[0] * shape[1] * shape[2]]
-        for name, axes, sides, content in (("images-idx3", 3, shape, images), ("labels-idx1", 1, (labels,), classes)):
-            raw = (bytes([0, 0, 8, axes]) if magic is None else magic) + struct.pack(f">{axes}I", *sides) + content
+        for name, axes, sides, content in (
+            ("images-idx3", 3, shape, images),
+            ("labels-idx1", 1, (labels,), classes),
+        ):
+            raw = (
+                (bytes([0, 0, 8, axes]) if magic is None else magic)
+                + struct.pack(f">{axes}I", *sides)
+                + content
+            )
             raw = gzip.compress(raw, 1) if packed else raw
             path = folder / f"train-{name}-ubyte"
             path.with_suffix("" if packed else ".gz").unlink(missing_ok=True)
@@ -713,26 +1283,52 @@ def test_random_idx_files_are_read_or_end_in_one_line(examples, throw, st):
         found = one_line_or(lambda: data.load("f", size, 0.3))
         assert found is None or sound(found, size) is None
 
-    throw(check, examples, st.tuples(side, side, side), side, body, st.binary(max_size=40), magic, st.booleans(),
-          st.booleans(), st.sampled_from([0, 0, 0, 1, 5]), st.sampled_from([0, 24, 40]))  # fmt: skip
+    throw(
+        check,
+        examples,
+        st.tuples(side, side, side),
+        side,
+        body,
+        st.binary(max_size=40),
+        magic,
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([0, 0, 0, 1, 5]),
+        st.sampled_from([0, 24, 40]),
+    )
 
 
-@often(200, 25_000)
+@often(80, 25_000)
 def test_random_npz_members_are_read_or_end_in_one_line(examples, throw, st):
     kinds = "|u1 <f4 <i8 <u8 |b1 |O <U3 |S0 |V0 <c8 <M8[s] >i2 |i1 <f2 |V99999999".split()
     odd = st.sampled_from(["", [("a", "<i4")], [("a", "|O")], None, 3])
     descr = st.one_of(st.sampled_from(kinds), st.sampled_from(kinds), odd, st.text(max_size=5))
-    shape = st.one_of(st.lists(st.integers(0, 6), max_size=5).map(tuple), st.just((5, 4, 3)), st.just((5,)),
-                      st.tuples(st.integers(), st.integers(-2, 2**40)), st.integers(), st.text(max_size=3))  # fmt: skip
-    lie = st.builds(npy, shape, descr, st.binary(max_size=120), st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]),
-                    st.one_of(st.none(), st.none(), st.integers(0, 65_535)))  # fmt: skip
+    shape = st.one_of(
+        st.lists(st.integers(0, 6), max_size=5).map(tuple),
+        st.just((5, 4, 3)),
+        st.just((5,)),
+        st.tuples(st.integers(), st.integers(-2, 2**40)),
+        st.integers(),
+        st.text(max_size=3),
+    )
+    lie = st.builds(
+        npy,
+        shape,
+        descr,
+        st.binary(max_size=120),
+        st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]),
+        st.one_of(st.none(), st.none(), st.integers(0, 65_535)),
+    )
 
     def true(array):
         buffer = io.BytesIO()
         np.save(buffer, array)
         return buffer.getvalue()
 
-    count, kind = st.integers(0, 9), st.sampled_from(["u1", "f4", "i8", "u8", "i1", "f8", "bool", "u2"])
+    count, kind = (
+        st.integers(0, 9),
+        st.sampled_from(["u1", "f4", "i8", "u8", "i1", "f8", "bool", "u2"]),
+    )
     number = st.sampled_from([0.0, 1.0, -1.0, 0.5, 200.0, np.nan, 2.0**40])
 
     @np.errstate(invalid="ignore")
@@ -740,12 +1336,17 @@ def test_random_npz_members_are_read_or_end_in_one_line(examples, throw, st):
         return true(np.resize([0.0, number, 1.0], shape).astype(kind))
 
     honest = st.builds(resized, st.lists(count, max_size=4), kind, number)
-    names = "x.npy y.npy x_train.npy y_train.npy x_val.npy y_val.npy x y x_test.npy y_test.npy z.npy".split()
+    names = "x.npy y.npy x_train.npy y_train.npy x_val.npy y_val.npy x_test.npy y_test.npy"
+    names = [*names.split(), "x", "y", "z.npy"]
     content = st.one_of(lie, honest, honest, st.binary(max_size=99))
     members = st.dictionaries(st.sampled_from(names), content, max_size=5)
     labels = st.lists(st.integers(-1, 5), min_size=1, max_size=9)
-    pair = labels.map(lambda y: {"x.npy": true(np.arange(len(y) * 20, dtype=np.uint8).reshape(-1, 4, 5)),
-                                 "y.npy": true(np.array(y))})  # fmt: skip
+    pair = labels.map(
+        lambda y: {
+            "x.npy": true(np.arange(len(y) * 20, dtype=np.uint8).reshape(-1, 4, 5)),
+            "y.npy": true(np.array(y)),
+        }
+    )
     methods = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
     flips = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
 
@@ -759,11 +1360,18 @@ def test_random_npz_members_are_read_or_end_in_one_line(examples, throw, st):
             found = one_line_or(lambda: data.load("a.npz", size, 0.3))
         assert found is None or sound(found, size) is None
 
-    throw(check, examples, st.one_of(members, members, pair), st.sampled_from(methods), flips, st.booleans(),
-          st.sampled_from([0, 24, 40]))  # fmt: skip
+    throw(
+        check,
+        examples,
+        st.one_of(members, members, pair),
+        st.sampled_from(methods),
+        flips,
+        st.booleans(),
+        st.sampled_from([0, 24, 40]),
+    )
 
 
-@often(200, 40_000)
+@often(100, 40_000)
 def test_random_bytes_of_pictures_are_decoded_or_end_in_one_line(examples, throw, st):
     image = pytest.importorskip("PIL.Image")
     rng, whole = np.random.default_rng(0), []
@@ -783,7 +1391,11 @@ def test_random_bytes_of_pictures_are_decoded_or_end_in_one_line(examples, throw
     place = st.floats(0, 1)
     harm = st.one_of(
         st.tuples(st.just("set"), place, st.binary(min_size=1, max_size=4)),
-        st.tuples(st.just("set"), st.floats(0, 0.1), st.sampled_from([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff"])),
+        st.tuples(
+            st.just("set"),
+            st.floats(0, 0.1),
+            st.sampled_from([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff"]),
+        ),
         st.tuples(st.just("insert"), place, st.binary(min_size=1, max_size=9)),
         st.tuples(st.just("cut"), place, st.binary(min_size=1, max_size=9)),
         st.tuples(st.just("end"), place, st.just(b"")),
@@ -793,8 +1405,14 @@ def test_random_bytes_of_pictures_are_decoded_or_end_in_one_line(examples, throw
         content = bytearray(content)
         for kind, share, what in harms:
             i = int(share * len(content))
-            content[i : {"set": i + len(what), "insert": i, "cut": i + 3 * len(what), "end": len(content)}[kind]] = (
-                b"" if kind == "cut" else what)  # fmt: skip
+            content[
+                i : {
+                    "set": i + len(what),
+                    "insert": i,
+                    "cut": i + 3 * len(what),
+                    "end": len(content),
+                }[kind]
+            ] = b"" if kind == "cut" else what
         Path("a.png").write_bytes(content)
         found = one_line_or(lambda: data.decode_image(Path("a.png"), size))
         assert found is None or (found.shape == (size, size, 3) and found.dtype == np.uint8)
@@ -804,14 +1422,14 @@ def test_random_bytes_of_pictures_are_decoded_or_end_in_one_line(examples, throw
     throw(check, examples, content, st.lists(harm, max_size=3), st.sampled_from([8, 24, 30]))
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 HOGS = """
-import gzip, json, os, resource, sys
+import os, resource, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import numpy as np
-import data, train
+import data
 import test_inputs as t
 from PIL import Image
 
@@ -822,26 +1440,30 @@ def refuse(name, call):
         assert "memory" not in str(error).lower() and "allocate" not in str(error), error
         print(name, "refused:", error)
 
-data.decode_image(t.pictures(Path("warm")) / "ant" / "0.png", 24)  # libraries are loaded and threads started
+# libraries are loaded and threads started
+data.decode_image(t.pictures(Path("warm")) / "ant" / "0.png", 24)
 data.match_size(data.Data({{"train": data.Split(*t.arrays(4))}}, [], 32, ""))
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + {limit} * 2**20,) * 2)
 
 refuse("idx", lambda: data.load(t.idx(Path("f"), (t.HUGE, b"abc"), ((1,), b"a"))))
 refuse("idx.gz", lambda: data.load(t.idx(Path("g"), (t.HUGE, b"abc"), ((1,), b"a"), ".gz")))
-refuse("npz", lambda: data.load(t.zipped(Path("a.npz"), {{"x.npy": t.npy(t.HUGE), "y.npy": t.npy((2**16,))}})))
+members = {{"x.npy": t.npy(t.HUGE), "y.npy": t.npy((2**16,))}}
+refuse("npz", lambda: data.load(t.zipped(Path("a.npz"), members)))
 with open("cifar.bin", "wb") as file:
     file.truncate(2**36)
 Path("cifar").mkdir()
 os.rename("cifar.bin", "cifar/data_batch_1.bin")
 refuse("cifar", lambda: data.load("cifar"))
 refuse("images", lambda: data.built_in(2048))
-refuse("strips", lambda: data.load(t.npz(x=np.zeros((64, 1, 10**5), np.uint8), y=np.arange(64) % 4), 1024))
+x, y = np.zeros((64, 1, 10**5), np.uint8), np.arange(64) % 4
+refuse("strips", lambda: data.load(t.npz(x=x, y=y), 1024))
 x, y = np.zeros((4, 1, 400), np.uint8), np.arange(4) % 2
 data.load(t.npz(x=np.tile(x, (1, 6, 1)), y=y), 128)
-refuse("blanks", lambda: data.read_sudoku(t.packed_lines([b" " * 2**20] * 450)))
-refuse("zeros", lambda: data.read_sudoku(t.packed_lines([bytes(2**20)] * 450)))
-refuse("commas", lambda: data.read_sudoku(t.packed_lines([t.PUZZLE.encode() + b"\\n", b"," * 2**22])))
+refuse("blanks", lambda: data.read_sudoku(t.packed_lines([b" " * 2**20] * 250)))
+refuse("zeros", lambda: data.read_sudoku(t.packed_lines([bytes(2**20)] * 250)))
+lines = [t.PUZZLE.encode() + b"\\n", b"," * 2**22]
+refuse("commas", lambda: data.read_sudoku(t.packed_lines(lines)))
 for sides in ((2**31 - 1, 2**31 - 1), (50_000, 50_000), (2**31 - 1, 1)):
     Path("a.png").write_bytes(t.png(*sides))
     refuse(f"png {{sides}}", lambda: data.decode_image(Path("a.png"), 24))
@@ -851,19 +1473,18 @@ for kind, at in (("GIF", 6), ("BMP", 18)):
     raw[at : at + 4] = b"\\xff\\xff\\xff\\x7f"
     Path("a.gif").write_bytes(raw)
     refuse(kind, lambda: data.decode_image(Path("a.gif"), 24))
-Path("configs.json").write_text(json.dumps({{"p": dict.fromkeys(map(str, range(70_000)), 1)}}))
-try:
-    train.read_preset(Path("configs.json"), "p", {{}})  # each key compared with each: 47 s
-except SystemExit:
-    print("keys refused")
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux bounds a process's memory")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux bounds a process's memory"
+)
 def test_what_declares_more_memory_than_there_is_takes_none_of_it(tmp_path):
     pytest.importorskip("PIL")
-    code = HOGS.format(root=str(ROOT), tests=str(ROOT / "tests"), limit=400)
+    code = HOGS.format(root=str(ROOT), tests=str(ROOT / "tests"), limit=200)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
     refusals = done.stdout.splitlines()
-    assert len(refusals) == 15 and all("refused" in line for line in refusals), done.stdout + done.stderr
+    assert len(refusals) == 14 and all("refused" in line for line in refusals), (
+        done.stdout + done.stderr
+    )

@@ -1,42 +1,67 @@
-"""Several processes: the same steps as one, counted once, agreed by all, and what happens when one is lost."""
+"""Several processes: the same steps as one, agreed by all, and what happens when one is lost.
+
+The processes come from a fork server that imports the kit once; two of them do many things in turn.
+"""
 
 import contextlib
+import copy
+import csv
 import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
+import model as models
 import train
 import utils
 
-pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(), reason="needs forkserver")
+usable = os.name == "posix" and torch.distributed.is_available()
+pytestmark = pytest.mark.skipif(not usable, reason="needs a fork server and gloo")
 ROOT = Path(__file__).resolve().parent.parent
-# 60 samples in batches of 12: a window of four and one of a single batch, in which one process has none
-TINY = ("--model custom --widths 8,16,32,48 --image_size 24 --max_samples 60 --batch_size 12 --epochs 2 --amp False "
-        "--ema_decay 0.9 --clip_grad_norm 1 --optimizer sgd --quiet --timeout 60").split()  # fmt: skip
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------- starting processes
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the fork server, which imports train once for all
-    monkeypatch.setattr(utils, "save_history", lambda *all: False)
+def free_ports(count):
+    with contextlib.ExitStack() as held:  # all at once, so that they differ
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def default_signals():
+    """Undoes what nohup or a shell's background job left ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def enter(folder, variables, function, arguments):
+    """The life of a process: function(*arguments), whose result is its exit status."""
+    default_signals()
     os.chdir(folder)
     os.environ.update(variables)
+    rank = variables["RANK"]
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}{variables['RANK']}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        file = os.open(f"{name}{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, number)
     torch.set_num_threads(1)
     utils.save_history = lambda *all: False
     status = function(*arguments)
@@ -44,27 +69,26 @@ def enter(folder, variables, function, arguments):
     os._exit(status or 0)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(function, *arguments, count=2, folders=None, **variables):
-    """Processes of torch.distributed that each call function(*arguments); out0.txt, err0.txt … have what they print."""
+    """Processes of torch.distributed that call function(*arguments); they print to out0.txt ..."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
+    context.set_forkserver_preload(["train", __name__])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    shared = {"WORLD_SIZE": str(count), **address, **variables}
     found = []
-    for rank in range(count):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        folder = folders[rank] if folders else os.getcwd()
-        found.append(context.Process(target=enter, args=(folder, own, function, arguments)))
-        found[-1].start()
+    with pytest.MonkeyPatch.context() as patch:  # for the fork server's imports
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        for rank in range(count):
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            folder = folders[rank] if folders else os.getcwd()
+            process = context.Process(target=enter, args=(folder, own, function, arguments))
+            process.start()
+            found.append(process)
     return found
 
 
 def statuses(processes, seconds=90):
+    """The exit codes of processes, which are killed where they take longer."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.1, end - time.monotonic()))
@@ -74,122 +98,376 @@ def statuses(processes, seconds=90):
     return codes
 
 
-def together(function, *arguments, **options):
-    codes = statuses(start(function, *arguments, **options))
-    assert codes == [0] * len(codes), (codes, [path.read_text()[-2000:] for path in sorted(Path().rglob("err*.txt"))])
+def in_turn(jobs, ports):
+    """Does each job {name: function}; its status, output and errors go to NAME.RANK.json."""
+    for (name, function), port in zip(jobs.items(), ports):
+        os.environ["MASTER_PORT"] = str(port)
+        target = Path(f"{name}.{os.environ['RANK']}")
+        with open(f"{target}.out", "w") as out, open(f"{target}.err", "w") as err:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    status = function()
+                except BaseException:
+                    traceback.print_exc()
+                    status = -1
+        texts = {kind: Path(f"{target}.{kind}").read_text() for kind in ("out", "err")}
+        Path(f"{target}.json").write_text(json.dumps({"status": status, **texts}))
 
 
-def make(dtype=torch.float64, fp16=False, norm=False, width=16):
-    torch.manual_seed(0)
-    nn = torch.nn
-    norms = [nn.BatchNorm1d(width)] * norm
-    net = nn.Sequential(nn.Linear(6, width, bias=not norm), *norms, nn.Tanh(), nn.Linear(width, 3)).to(dtype)
-    optimizer = train.build_optimizer(net, "adamw", 0.1, 0.01, 0.9, torch.device("cpu"))
-    state = train.TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=fp16), train.start_ema(net))
-    train.distribute(state)
-    return state
+def session(jobs, apart=None):
+    """Two processes do the jobs in turn, the second in the folder `apart`: {name: two results}."""
+    folders = [Path.cwd(), Path(apart or ".").absolute()]
+    codes = statuses(start(in_turn, jobs, free_ports(len(jobs)), folders=folders), 150)
+    found = {}
+    for name in jobs:
+        paths = [folder / f"{name}.{rank}.json" for rank, folder in enumerate(folders)]
+        results = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+        missing = {"status": "never ended", "out": "", "err": ""}
+        found[name] = [SimpleNamespace(**{**missing, **result}) for result in results]
+    texts = [(folder / f"err{rank}.txt").read_text()[-2000:] for rank, folder in enumerate(folders)]
+    assert codes == [0, 0], (codes, texts)
+    return found
 
 
-def window_of(sizes, seed, dtype=torch.float64):
-    torch.manual_seed(seed)
-    x, y = torch.randn(sum(sizes), 6, dtype=dtype), torch.randint(0, 4, (sum(sizes),))
-    y[0] = 1  # the first batch of all has an item
-    return list(zip(x.split(sizes), y.split(sizes), torch.arange(sum(sizes)).split(sizes)))
+def ended(results, *expected):
+    assert [result.status for result in results] == list(expected), [r.err[-3000:] for r in results]
 
+
+# ------------------------------------------------------------------------------- single steps
 
 TASK = train.Task(  # class 0 is no item, as a clue of a puzzle is none
-    loss=lambda y, t: torch.nn.functional.cross_entropy(y, t - 1, ignore_index=-1, reduction="sum"),
+    loss=lambda y, t: nn.functional.cross_entropy(y, t - 1, ignore_index=-1, reduction="sum"),
     measure=lambda y, t: ((y.argmax(1) == t - 1).sum()[None], (t > 0).sum()),
-    metrics=("accuracy",), items=lambda t: (t > 0).sum(),
-)  # fmt: skip
-WIDE = 20_000  # 1.6 MB of weights: more than the first bucket that DDP would make by itself
-CASES = {
-    "plain": {}, "clipped": {"clip_grad_norm": 0.1}, "sharpness-aware": {"sam_rho": 0.1}, "half precision": {"fp16": 1},
-    "with norm": {"norm": True}, "not finite": {"poison": 1},
-    **{f"memory out in {place}": {"fail": (place, 5), "width": WIDE} for place in ("augment", "loss", "backward")},
-    "memory out in measure": {"fail": ("measure", 5)}, "memory out in a first batch": {"fail": ("augment", 3)},
-    "memory out in a sharpness-aware pass": {"sam_rho": 0.1, "fail": ("loss", 6)},
-    "memory out with norm": {"norm": True, "fail": ("loss", 5)},
-}  # fmt: skip
-# windows of up to two batches in each of two processes; uneven ones, also at the place where memory runs out
+    metrics=("accuracy",),
+    items=lambda t: (t > 0).sum(),
+)
+# Windows of up to two batches in each of two processes: even ones, one with a batch more in the
+# first process, one without any batch in the second.
 SIZES = [(4, 3, 4, 2), (4, 5, 4, 4), (4, 4, 3), (5,), (4, 4, 4, 4)]
+# "fail" is the place, the step and the call of `augment` within it at which the second process runs
+# out of memory; the first two calls are the first pass.
+CASES = {
+    "plain": {},
+    "clipped": {"clip_grad_norm": 0.1},
+    "sharpness-aware": {"sam_rho": 0.1},
+    "half precision": {"fp16": True, "clip_grad_norm": 0.1},
+    "with norm": {"norm": True},
+    "not finite": {"poison": True, "norm": True},
+    "no items in one process": {"blank": True},
+    "stopped": {"stop": True},
+    "compiled": {"compiled": True, "norm": True},
+    "memory out in augment": {"fail": ("augment", 1, 2)},
+    "memory out in a first batch": {"fail": ("augment", 1, 1), "norm": True},
+    "memory out in an only batch": {"fail": ("augment", 2, 1), "clip_grad_norm": 0.1},
+    "memory out in loss": {"fail": ("loss", 1, 2), "norm": True},
+    "memory out in measure": {"fail": ("measure", 1, 2)},
+    "memory out in backward": {"fail": ("backward", 1, 2)},
+    "memory out in a second pass": {"fail": ("loss", 1, 4), "sam_rho": 0.1, "norm": True},
+    "memory out in fp16": {"fail": ("backward", 4, 2), "fp16": True, "stop": True},
+}
 
 
-def failing(task, place, n):
-    """(task, augment) that run out of memory at a place from the n-th batch on where it has more than 3 samples."""
+def make(fp16=False, norm=False):
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm1d(16)] * norm
+    net = nn.Sequential(nn.Linear(6, 16, bias=not norm), *norms, nn.Tanh(), nn.Linear(16, 3))
+    net.to(torch.float32 if fp16 else torch.float64)
+    optimizer = models.build_optimizer(net, "adamw", 0.1, 0.01, 0.9, CPU)
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    return train.TrainState(net, optimizer, scaler, train.start_ema(net))
+
+
+def window_of(number, case):
+    """The batches of all processes for a step; the odd ones are the second process's."""
+    torch.manual_seed(number)
+    count, dtype = sum(SIZES[number]), torch.float32 if case.get("fp16") else torch.float64
+    x, y = torch.randn(count, 6, dtype=dtype), torch.randint(0, 4, (count,))
+    y[0] = 1  # the first batch of all has an item
+    window = list(zip(*(column.split(SIZES[number]) for column in (x, y, torch.arange(count)))))
+    if case.get("poison") and number == 1:
+        window[1][0][0, 0] = float("nan")
+    if case.get("blank") and number == 1:
+        for _, targets, _ in window[1::2]:
+            targets.zero_()
+    return window
+
+
+def running_out(state, place, step, call):
+    """(task, augment) that run out of memory at a place in a step, with more than 3 samples."""
     calls = []
 
     def at(here, x):
-        calls.extend([1] * (here == "augment"))
-        if here == place and len(calls) >= n and len(x) > 3:
+        calls.extend([state.step] * (here == "augment"))
+        if here == place and state.step == step and calls.count(step) >= call and len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return x
 
     def loss(y, t):
         if place == "backward":
             y.register_hook(lambda gradient: at("backward", gradient))
-        return task.loss(at("loss", y), t)
+        return TASK.loss(at("loss", y), t)
 
-    measure = lambda y, t: task.measure(at("measure", y), t)
-    return dataclasses.replace(task, loss=loss, measure=measure), lambda x, t, index: (at("augment", x), t)
+    measure = lambda y, t: TASK.measure(at("measure", y), t)
+    augment = lambda x, t, index: (at("augment", x), t)
+    return dataclasses.replace(TASK, loss=loss, measure=measure), augment
 
 
-def steps_of(case, rank=0, ranks=1):
-    """[[state dict, EMA, sums, norm, good, micro-batch, scale]] of a few steps of one case."""
-    case = dict(case)
-    options = {key: case.pop(key) for key in ("fp16", "norm", "width") if key in case}
-    dtype = torch.float32 if "fp16" in options else torch.float64
-    fail, poison = case.pop("fail", None), case.pop("poison", None)
-    state, found, task, augment = make(dtype, **options), [], TASK, train.keep_both
-    if fail and rank == 1:
-        task, augment = failing(TASK, *fail)
-    for number, sizes in enumerate(SIZES):
-        window = window_of(sizes, number, dtype)
-        if poison and number == 1:
-            window[1][0][0, 0] = float("nan")
-        for mine, counted, _ in train.shared_windows(lambda mine: mine, window, 4 // ranks):
-            sums, norm, good = train.train_step(state, mine, task, augment, ema_decay=0.9, seed=number, counted=counted,
-                                                **case)  # fmt: skip
-        copied = {k: v.detach().clone() for k, v in state.model.state_dict().items()}
-        found.append([copied, {k: v.clone() for k, v in state.ema.items()}, list(map(float, (*sums[:2], *sums[2]))),
-                      norm, good, state.micro_batch, state.scaler.get_scale()])  # fmt: skip
+def take_steps(case, state, step):
+    """What is known after each step(state, number, options): tensors and numbers."""
+    options = {key: case[key] for key in ("clip_grad_norm", "sam_rho") if key in case}
+    found = []
+    for number in range(len(SIZES)):
+        totals, norm, good = step(state, number, {**options, "ema_decay": 0.9, "seed": number})
+        copied = copy.deepcopy([dict(state.model.state_dict()), state.ema])
+        found.append({
+            "tensors": copied, "totals": totals.tolist(), "norm": norm, "good": good,
+            "micro_batch": state.micro_batch, "scale": state.scaler.get_scale(), "stop": state.stop,
+        })  # fmt: skip
     return found
+
+
+def steps_of_a_process(case):
+    """The steps that this process takes with the others; None where nothing can be compiled."""
+    rank, ranks = utils.world()
+    state = make(case.get("fp16", False), case.get("norm", False))
+    task, augment, state.share = TASK, train.unchanged, train.share_among_processes
+    if case.get("compiled"):
+        example = torch.randn(4, 6, dtype=torch.float64)
+        state.forward, _ = models.compile_model(state.model, example, "default")
+        if state.forward is None:
+            return None
+    if "fail" in case and rank == 1:
+        task, augment = running_out(state, *case["fail"])
+
+    def step(state, number, options):
+        state.stop = bool(case.get("stop")) and rank == 1 and number == 2
+        windows = train.fetch_windows(iter, window_of(number, case), 4 // ranks)
+        [(mine, _)] = windows
+        return train.train_step(state, mine, task, augment, **options)
+
+    return take_steps(case, state, step)
+
+
+def steps_of_one_process(case):
+    """The reference: one process has all batches, and BatchNorm's statistics worked out.
+
+    Those of two processes are the mean of what each has from its own batches. Where memory ran out
+    in the second process, its batches are halved.
+    """
+    state = make(case.get("fp16", False), case.get("norm", False))
+
+    def statistics(window):
+        net = copy.deepcopy(state.model).train()
+        for images, *_ in window:
+            net(images)
+        return [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+
+    def step(state, number, options):
+        window = window_of(number, case)
+        shares = [window[0::2], window[1::2]]
+        if "fail" in case and number >= case["fail"][1]:
+            shares[1] = train.split(shares[1], 2)
+        expected = [(a + b) / 2 for a, b in zip(*map(statistics, shares))]
+
+        def share(state, totals, failed):
+            own = [buffer for buffer in state.buffers if buffer.is_floating_point()]
+            for buffer, value in zip(own, expected):
+                buffer.copy_(value)
+            return totals, failed
+
+        state.share = share
+        return train.train_step(state, sum(shares, []), TASK, **options)
+
+    return take_steps(case, state, step)
 
 
 def all_cases():
     with utils.processes("cpu", 30):
-        rank, ranks = utils.world()
-        torch.save({name: steps_of(case, rank, ranks) for name, case in CASES.items()}, f"found{rank}.pt")
+        found = {name: steps_of_a_process(case) for name, case in CASES.items()}
+        torch.save(found, f"steps{utils.world()[0]}.pt")
 
 
-def test_two_processes_take_the_steps_of_one_to_eleven_digits():
-    together(all_cases)
-    found = [torch.load(f"found{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, case in CASES.items():
-        expected = steps_of(case)
-        bound = 1e-5 if "fp16" in case else 1e-11
-        for number, one in enumerate(expected):
-            two, other = found[0][name][number], found[1][name][number]
-            for key in one[0]:
-                assert torch.equal(two[0][key], other[0][key]) or "num_batches" in key, (name, number, key)
-                if "running" not in key and "num_batches" not in key:
-                    for part in range(2):
-                        # BatchNorm over halves is another one: that ranks agree is what is left to see
-                        assert ("norm" in case and "fail" in case) or \
-                            torch.allclose(one[part][key], two[part][key], rtol=0, atol=bound), (name, number, key)
-            assert repr(two[2:]) == repr(other[2:]), (name, number)
-            assert two[4] == one[4] and two[6] == one[6]
-            if not ("norm" in case and "fail" in case):
-                assert two[2] == pytest.approx(one[2], rel=bound, nan_ok=True), (name, number)
-                assert two[3] == pytest.approx(one[3], rel=max(bound, 1e-9), nan_ok=True)
-        assert (found[0][name][-1][5] == 2) == ("fail" in case), name
+# ---------------------------------------------------------------------------------- whole runs
+
+# 60 samples in batches of 12: a window of four and one of a single batch, of which one process has
+# none; two steps an epoch.
+TINY = (
+    "--model custom --model_args widths=8,16,32,48 --image_size 24 --max_samples 60 --epochs 2 "
+    "--batch_size 12 --amp False --ema_decay 0.9 --clip_grad_norm 1 --optimizer sgd "
+    "--save_every 1 --quiet --timeout 30"
+)
+TWO = f"{TINY} --accumulation_steps 2 --run_name"
 
 
-# ---------------------------------------------------------------------------------------- whole runs
+def main(flags, rank=None, where=None, instead=None, **variables):
+    """The status of train.main with the flags (of each process, where they are a list).
+
+    In the process `rank`, or in all, the function `where` is replaced by instead(function).
+    """
+    own = os.environ.get("RANK", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        if where and str(rank) in (own, "None"):
+            owner, name = where.split(".")
+            patch.setattr(sys.modules[owner], name, instead(getattr(sys.modules[owner], name)))
+        try:
+            return train.main((flags if isinstance(flags, str) else flags[int(own)]).split())
+        except SystemExit as stopped:
+            return stopped.code
+
+
+def at_call(n, act, inner):
+    """inner, before whose n-th call act() happens."""
+    calls = []
+
+    def call(*arguments, **options):
+        calls.append(1)
+        if len(calls) == n:
+            act()
+        return inner(*arguments, **options)
+
+    return call
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(1000)
+
+
+def diverge():
+    raise FloatingPointError("diverged")
+
+
+def poisoned(inner):
+    def augment(*arguments, **options):
+        inputs, targets = inner(*arguments, **options)
+        return inputs * float("inf"), targets
+
+    return augment
+
+
+def eager(inner):
+    """torch.compile with everything but the compiler of C++."""
+    return partial(inner, backend="aot_eager")
+
+
+def older(inner):
+    return lambda *arguments, **options: {**inner(*arguments, **options), "step": 1}
+
+
+VARIANTS = {  # run: more flags
+    "whole": "",
+    "averaged": "--swa_start_epoch 1 --sam_rho 0.1 --mixup 0.3",
+    "frozen": "--freeze_epochs 1",
+    "compiled": "--compile",
+}
+STOPPED = {  # run: the process that gets a signal; before which call; where the run stops; its step
+    "in_step": (1, "train.train_step", 1, "at step 2", 2),
+    "in_validation": (1, "train.outputs_of", 1, "in the validation of epoch 1", 2),
+    "after_epoch": (0, "utils.write_csv", 1, "after epoch 1", 2),
+}
+LOST = {  # run: what happens to the second process in the third step; what the first says; timeout
+    "died": (die, "another process ended", 30),
+    "hung": (hang, "another process was silent for 4 s", 4),
+}
+RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3"}
+REFUSED = {  # name: the flags of both processes, their variables, the message
+    "seeds": (["--seed 1", "--seed 2"], {}, "the processes have different flags"),
+    "networks": (["--model_args widths=8,8,8,8", ""], {}, "the processes have different flags"),
+    "names": (["--run_name r0", "--run_name r1"], {}, "the processes have different flags"),
+    "datas": (["--data 0.npz", "--data 1.npz"], {}, "the processes have different data"),
+    "mps": (["--device mps"] * 2, {}, "--device mps: not on this machine"),
+    "address": ([""] * 2, {"MASTER_ADDR": ""}, "MASTER_ADDR: is not set, others of torchrun's"),
+    "effective": (["--effective_batch 36"] * 2, {}, "multiple of --batch_size 12 times 2 process"),
+    "auto": (["--batch_size auto --effective_batch 33"] * 2, {}, "no batch divides it"),
+    "evaluate": (["--evaluate best.pt"] * 2, {}, "--evaluate"),
+    "restarts": ([""] * 2, RESTARTS, "--max_restarts needs --resume --run_name"),
+    "resume_alone": (["--resume"] * 2, RESTARTS, "--max_restarts needs --resume --run_name"),
+}
+
+
+def begun_jobs():
+    jobs = {"steps": all_cases}
+    for name, flags in VARIANTS.items():
+        jobs[name] = partial(main, f"{TWO} {name} {flags}")
+    jobs["compiled"] = partial(jobs["compiled"], None, "torch.compile", eager)
+    for name, (rank, where, n, _, _) in STOPPED.items():
+        jobs[name] = partial(main, f"{TWO} {name}", rank, where, partial(at_call, n, terminate))
+    few = f"{TINY} --batch_size 2 --save_every 0 --run_name bad"
+    jobs["bad"] = partial(main, few, 1, "train.augment_images", poisoned)
+    never = "--epochs 9 --early_stopping 1 --min_delta 1"
+    jobs["impatient"] = partial(main, f"{TWO} impatient {never}")
+    auto = "--lr auto --batch_size auto --effective_batch 24"
+    jobs["chosen"] = partial(main, f"{TINY} --run_name chosen {auto}")
+    sweep = "--find_lr --max_samples 24 --batch_size 24 --output curve.csv"  # one batch for two
+    jobs["swept"] = partial(main, f"{TINY} {sweep}")
+    for name, (flags, variables, _) in REFUSED.items():
+        both = [own if name in ("evaluate", "resume_alone") else f"{TINY} {own}" for own in flags]
+        jobs[name] = partial(main, both, **variables)
+    return jobs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """The folder of all that the processes of this file write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("processes"))
+        patch.setattr(utils, "save_history", lambda *all: False)
+        yield Path.cwd()
+
+
+@pytest.fixture(scope="module")
+def begun(folder):
+    """What two processes did that stand in two folders, so that what the second writes is seen."""
+    (folder / "apart").mkdir()
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 24, 24, 3), np.uint8)
+    for rank, where in enumerate((folder, folder / "apart")):
+        np.savez(where / f"{rank}.npz", x=images, y=np.arange(30) % (3 + rank))
+    return session(begun_jobs(), "apart")
+
+
+@pytest.fixture(scope="module")
+def lost(begun):
+    """Two pairs of processes, the second of which dies or hangs; the first one's status."""
+    found = {}
+    for name, (act, _, seconds) in LOST.items():
+        flags = f"{TWO} {name} --timeout {seconds}"
+        processes = start(main, flags, 1, "train.train_step", partial(at_call, 3, act))
+        processes[0].join(60)
+        found[name] = processes[0].exitcode, Path("err0.txt").read_text()
+        statuses(processes, 0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(begun, lost):
+    """What two processes did that go on with runs."""
+    shutil.copytree("runs/in_validation", "runs/alone")
+    shutil.copytree("runs/in_validation", "runs/three")
+    one = f"{TINY} --accumulation_steps 4 --run_name of_one"
+    assert main(one, 0, "train.train_step", partial(at_call, 3, diverge)) == 1
+    jobs = {"differing": partial(main, "--resume in_step", 1, "utils.load_newest", older)}
+    for name in [*STOPPED, *LOST, "of_one", "whole"]:
+        jobs[f"again_{name}"] = partial(main, f"--resume {name} --quiet --timeout 30")
+    return session(jobs)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def rows_of(name):
-    return utils.read_metrics(Path("runs") / name / "metrics.csv")
+    return read_csv(Path("runs") / name / "metrics.csv")
 
 
 def last(name):
@@ -199,187 +477,152 @@ def last(name):
 def same(a, b):
     """Whether two checkpoints have the same tensors, bit by bit."""
     parts = ("model", "ema", "optimizer", "swa")
-    pairs = zip(*(utils.tensors({part: found[part] for part in parts}) for found in (a, b)))
-    return all(x == y and torch.equal(t, u) for (x, t), (y, u) in pairs) and a["step"] == b["step"]
+    a, b = ({part: found[part] for part in (*parts, "step")} for found in (a, b))
+    pairs = zip(utils.tensors(a), utils.tensors(b), strict=True)
+    return a["step"] == b["step"] and all(x == y and torch.equal(t, u) for (x, t), (y, u) in pairs)
 
 
 def close(a, b):
-    """Whether they are alike but for rounding; BatchNorm's statistics but for the weights within a step."""
+    """Whether they are alike but for rounding; BatchNorm's statistics but for a step's order."""
     loose = lambda key: dict(rtol=0.05, atol=0.02) if "running" in key else dict(atol=1e-5)
     plain = [key for key in a["model"] if "num_batches" not in key]
     return all(torch.allclose(a["model"][key], b["model"][key], **loose(key)) for key in plain)
 
 
-@contextlib.contextmanager
-def at_step(step, act):
-    """Calls act() within the step of that number, counted from 0, of the run that is trained in the block."""
-    inner = train.train_step
-
-    def acting(state, *arguments, **options):
-        if state.step == step:
-            act()
-        return inner(state, *arguments, **options)
-
-    train.train_step = acting
-    yield
-    train.train_step = inner
+# --------------------------------------------------------------------------------------- tests
 
 
-def main(flags, rank=None, step=None, act=None):
-    """train.main, where the process of that rank does something within a step; its exit status."""
-    with at_step(step if os.environ.get("RANK") == str(rank) else -1, act):
-        try:
-            return train.main([*TINY, *flags.split()] if "--resume" not in flags else flags.split())
-        except SystemExit as stopped:
-            return stopped.code
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_take_the_steps_of_one_to_eleven_digits(begun, name):
+    ended(begun["steps"], None, None)
+    case = CASES[name]
+    paths = "steps0.pt", "apart/steps1.pt"
+    first, second = (torch.load(path, weights_only=True)[name] for path in paths)
+    if first is None:
+        pytest.skip("no compiler works here")
+    bound = 1e-5 if case.get("fp16") else 1e-11
+    for number, one in enumerate(steps_of_one_process(case)):
+        mine, other = first[number], second[number]
+        for part in range(2):  # weights and buffers, EMA
+            for key, expected in one["tensors"][part].items():
+                if "num_batches" not in key:
+                    found = mine["tensors"][part][key]
+                    assert torch.equal(found, other["tensors"][part][key]), (number, key)
+                    assert torch.allclose(found, expected, rtol=0, atol=bound), (number, key)
+        for key in ("totals", "norm", "good", "scale", "stop"):
+            assert repr(mine[key]) == repr(other[key]), (number, key)
+        assert (mine["good"], mine["scale"]) == (one["good"], one["scale"])
+        assert mine["good"] == (not ("poison" in case and number == 1))
+        assert mine["stop"] == ("stop" in case and number == 2)
+        for a, b in zip(sum(mine["totals"], []), sum(one["totals"], [])):
+            assert a == pytest.approx(b, rel=bound, nan_ok=True), number
+        assert mine["norm"] == pytest.approx(one["norm"], rel=max(bound, 1e-9), nan_ok=True)
+        failed = "fail" in case and number >= case["fail"][1]
+        assert (mine["micro_batch"], other["micro_batch"]) == (None, 2 if failed else None)
 
 
-def stopped_in(flags, name):
-    """train.main, where one process gets a SIGTERM in the first call of a function."""
-    owner, rank = (train, 1) if name == "evaluate" else (utils, 0)
-    inner, calls = getattr(owner, name), []
-
-    def call(*arguments, **options):
-        calls.append(name)
-        if os.environ["RANK"] == str(rank) and len(calls) == 1:
-            terminate()
-        return inner(*arguments, **options)
-
-    setattr(owner, name, call)
-    return main(flags)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def hang():
-    time.sleep(1000)
-
-
-TWO = "--accumulation_steps 2 --save_every 1 --run_name"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The last checkpoint of a run of two processes that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        together(main, f"{TWO} whole")
-        return last("whole")
-
-
-@pytest.mark.parametrize("flags", ["", "--swa_start_epoch 1 --sam_rho 0.1 --mixup 0.3", "--freeze_epochs 1"])
-def test_a_run_of_two_processes_is_the_run_of_one_and_the_first_alone_writes(flags):
-    Path("elsewhere").mkdir()
-    together(main, f"{TWO} two {flags}", folders=[os.getcwd(), "elsewhere"])
-    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["err1.txt", "out1.txt"]
-    assert Path("elsewhere/out1.txt").read_text() == ""
-    assert "12 x 2 accumulation x 2 processes = 48 | 2 steps an epoch" in Path("out0.txt").read_text()
-    assert main(f"--accumulation_steps 4 --run_name one {flags}") == 0
-    one, two = last("one"), last("two")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_of_two_processes_is_the_run_of_one(begun, name):
+    ended(begun[name], 0, 0)
+    text = begun[name][0].out
+    assert "12 x 2 accumulation x 2 processes = 48 | 2 steps an epoch" in text
+    assert ("compiled (default)" in text) == (name == "compiled")
+    flags = VARIANTS[name].replace("--compile", "")
+    assert main(f"{TINY} --accumulation_steps 4 --run_name one_{name} {flags}") == 0
+    one, two = last(f"one_{name}"), last(name)
     assert close(one, two) and one["step"] == two["step"] == 4
-    for a, b in zip(rows_of("one"), rows_of("two")):
+    for a, b in zip(rows_of(f"one_{name}"), rows_of(name), strict=True):
         assert a["train_accuracy"] == b["train_accuracy"] or "--mixup" in flags
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
-        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3) and a["lr"] == b["lr"]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["lr"] == b["lr"]
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
         assert round(b["val_accuracy"] * 60, 6) % 1 == 0  # 60 samples, none counted twice
 
 
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_with_any_number(whole):
-    calls = {"later": ("write_csv", "after epoch 1", 1), "stopped": ("evaluate", "in the validation", 0)}
-    for name, (call, where, epoch) in calls.items():
-        assert statuses(start(stopped_in, f"{TWO} {name}", call)) == [143, 143], Path("out0.txt").read_text()
-        assert f"stopped {where}" in Path("out0.txt").read_text()
-        assert last(name)["step"] == 2 and last(name)["epoch"] == epoch
-    for name in ("alone", "three"):
-        Path("runs", name).mkdir()
-        for path in Path("runs/stopped").glob("*.*"):
-            (Path("runs") / name / path.name).write_bytes(path.read_bytes())
-    together(main, "--resume stopped --quiet")
-    assert same(whole, last("stopped"))
+def test_the_first_process_alone_writes_and_prints(begun, folder):
+    assert not (folder / "apart/runs").exists() and not (folder / "apart/curve.csv").exists()
+    assert not any(results[1].out for results in begun.values())
+    assert (folder / "runs/whole/last.pt").exists()
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bitwise(begun, resumed, name):
+    _, _, _, where, step = STOPPED[name]
+    ended(begun[name], 143, 143)
+    assert f"stopped {where}; go on with: python train.py --resume {name}" in begun[name][0].out
+    ended(resumed[f"again_{name}"], 0, 0)
+    assert f"resumed at step {step}" in resumed[f"again_{name}"][0].out
+    assert same(last("whole"), last(name))
+
+
+def test_a_run_goes_on_with_another_number_of_processes_that_divides_a_step(begun, resumed):
     assert main("--resume alone --quiet") == 0
-    assert close(whole, last("alone")) and last("alone")["config"]["accumulation_steps"] == 4
+    assert close(last("whole"), last("alone")) and last("alone")["step"] == 4
+    assert last("alone")["flags"]["settled"]["accumulation_steps"] == 4
+    ended(resumed["again_of_one"], 0, 0)
+    assert "resumed at step 2" in resumed["again_of_one"][0].out
+    assert close(last("whole"), last("of_one")) and last("of_one")["step"] == 4
+    assert last("of_one")["flags"]["settled"]["accumulation_steps"] == 2
     assert statuses(start(main, "--resume three", count=3)) == [2, 2, 2]
-    assert "which 3 processes cannot share alike; start one of 1, 2, 4" in Path("err0.txt").read_text()
+    for rank in range(3):
+        assert "which 3 processes cannot share alike" in Path(f"err{rank}.txt").read_text()
 
 
-@pytest.mark.parametrize("act", [die, hang])
-def test_a_process_that_dies_or_hangs_ends_the_others_and_the_run_goes_on(act, whole):
-    seconds = 3 if act is hang else 60
-    processes = start(main, f"{TWO} lost --timeout {seconds}", 1, 2, act)
-    processes[0].join(60)
-    assert processes[0].exitcode == 1
-    statuses(processes, 0)
-    log = Path("runs/lost/log.txt").read_text()
-    assert f"error: another process {'was silent for 3 s' if act is hang else 'ended'}; the last good" in log
-    assert "the last good checkpoint is of step 2; go on with: python train.py --resume lost" in log
-    assert "Traceback" not in Path("err0.txt").read_text()
-    together(main, "--resume lost --quiet --timeout 60")
-    assert same(whole, last("lost"))
+@pytest.mark.parametrize("name", LOST)
+def test_a_process_that_dies_or_hangs_ends_the_other_and_the_run_goes_on(lost, resumed, name):
+    status, errors = lost[name]
+    assert status == 1 and "Traceback" not in errors
+    log = (Path("runs") / name / "log.txt").read_text()
+    assert f"error: {LOST[name][1]}; the last good checkpoint is of step 2; go on with" in log
+    ended(resumed[f"again_{name}"], 0, 0)
+    assert same(last("whole"), last(name))
 
 
-def test_what_is_chosen_by_trials_is_chosen_by_all():
-    together(main, "--lr auto --batch_size auto --effective_batch 24 --run_name chosen")
-    together(main, "--find_lr --batch_size 60 --output curve.csv")  # one batch for two processes
-    assert Path("curve.csv").exists()
-    stored = json.loads(Path("runs/chosen/config.json").read_text())
-    assert stored["config"]["batch_size"] == 12 and 1e-6 < stored["config"]["lr"] < 10
-    assert stored["environment"]["processes"] == 2
+def test_bad_steps_in_one_process_end_all_and_keep_the_last_good_checkpoint(begun):
+    ended(begun["bad"], 1, 1)
+    count = train.MAX_BAD_STEPS
+    assert f"step {count}: {count} steps in a row were not finite" in begun["bad"][0].out
+    [line] = begun["bad"][1].err.splitlines()
+    assert line.startswith("error: process 1:") and "steps in a row" in line
+    found = last("bad")
+    assert found["bad_steps"] == found["step"] == 15  # of the first epoch
+    assert all(tensor.isfinite().all() for _, tensor in utils.tensors(found["model"]))
 
 
-REFUSED = [  # the flags of both processes, their variables, the message
-    (["--run_name a --seed 1", "--run_name a --seed 2"], {}, "the processes have different flags"),
-    (["--run_name a --widths 8,8,8,8", "--run_name a"], {}, "the processes have different flags"),
-    (["--find_lr --device mps"] * 2, {}, "--device mps: not on this machine"),
-    (["--run_name a"] * 2, {"MASTER_ADDR": ""}, "MASTER_ADDR: is not set, others of torchrun's variables are"),
-    (["--run_name a --compile"] * 2, {}, "--compile: does not go with several processes"),
-    (["--run_name a --sync_batchnorm"] * 2, {}, "--sync_batchnorm: is for several CUDA devices"),
-    (["--run_name a --effective_batch 36"] * 2, {}, "must be a multiple of the batch, 12, times 2 processes"),
-    (["--run_name a --batch_size auto --effective_batch 33"] * 2, {}, "--effective_batch 33: must be a multiple of 2"),
-    ([""] * 2, {"TORCHELASTIC_MAX_RESTARTS": "3"}, "--run_name: torchrun --max_restarts needs one"),
-]
+def test_early_stopping_ends_all_processes_in_the_same_epoch(begun):
+    ended(begun["impatient"], 0, 0)
+    assert len(rows_of("impatient")) == 2 and last("impatient")["finished"]
+    assert "early stopping" in begun["impatient"][0].out
 
 
-def refused(ports):
-    """Tries all of REFUSED, one after the other; their statuses to a file, their errors to standard error."""
-    found, rank = [], int(os.environ["RANK"])
-    for (flags, variables, _), port in zip(REFUSED, ports):
-        before = dict(os.environ)
-        os.environ.update({"MASTER_PORT": str(port), **variables})
-        found.append(main(flags[rank]))
-        os.environ.clear()
-        os.environ.update(before)
-    Path(f"statuses{rank}.json").write_text(json.dumps(found))
+def test_what_is_chosen_by_measurements_is_chosen_by_all(begun):
+    ended(begun["chosen"], 0, 0)
+    flags = last("chosen")["flags"]
+    assert flags["processes"] == 2 and 1e-6 < flags["settled"]["lr"] < 10
+    assert flags["settled"]["batch_size"] * flags["settled"]["accumulation_steps"] == 12
+    ended(begun["swept"], 0, 0)  # one batch for two processes
+    assert len(read_csv("curve.csv")) >= 10
 
 
-def test_what_does_not_suit_several_processes_is_one_line_and_status_2():
-    together(refused, [free_port() for _ in REFUSED])
-    for rank in range(2):
-        errors = Path(f"err{rank}.txt").read_text().splitlines()
-        assert json.loads(Path(f"statuses{rank}.json").read_text()) == [2] * len(REFUSED) == [2] * len(errors)
-        for error, (_, _, message) in zip(errors, REFUSED):
-            assert error.startswith("error: " + "process 1: " * rank) and message in error
-    assert not Path("runs").exists()
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_suit_several_processes_is_one_line_and_status_2(begun, name):
+    ended(begun[name], 2, 2)
+    for rank, result in enumerate(begun[name]):
+        [line] = result.err.splitlines()
+        assert line.startswith("error: " + "process 1: " * rank) and REFUSED[name][2] in line
 
 
-def torchrun(arguments, script=None, seconds=120, **variables):
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run([*words, *arguments[: arguments.index("--")], str(script or ROOT / "train.py"),
-                           *arguments[arguments.index("--") + 1 :]], env=environment, capture_output=True, text=True,
-                          timeout=seconds)  # fmt: skip
+def test_checkpoints_that_differ_and_a_run_that_ended_are_not_gone_on_with(resumed):
+    messages = {"differing": "the processes have different checkpoints",
+                "again_whole": "finished already"}
+    for name, message in messages.items():
+        ended(resumed[name], 2, 2)
+        assert all(message in result.err for result in resumed[name])
 
 
-def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_ends_as_if_nothing_had_been(whole, monkeypatch):
+def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_ends_as_if_nothing_were(begun):
     Path("fragile.py").write_text(
-        "import os, pathlib, signal, sys, train\n"
+        "import os, pathlib, signal, sys\n"
+        "import train, utils\n"
         "inner, died = train.train_step, pathlib.Path('died')\n"
         "def step(state, *arguments, **options):\n"
         "    if state.step == 3 and os.environ['RANK'] == '1' and not died.exists():\n"
@@ -387,17 +630,14 @@ def test_torchrun_starts_a_run_again_that_lost_a_process_and_it_ends_as_if_nothi
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return inner(state, *arguments, **options)\n"
         "train.train_step = step\n"
+        "utils.save_history = lambda *all: False\n"
         "sys.exit(train.main())\n"
     )
-    done = torchrun(["--max_restarts", "1", "--", *TINY, *f"{TWO} again".split()], "fragile.py")
-    assert done.returncode == 0 and Path("died").exists(), done.stderr[-2000:]
+    torchrun = f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_ports(1)[0]}"
+    words = f"{torchrun} --max_restarts 1 fragile.py {TWO} restarted --resume".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True,
+                          timeout=150, preexec_fn=default_signals)
+    assert done.returncode == 0 and Path("died").exists(), done.stderr[-3000:]
     assert "resumed at step 3" in done.stdout
-    assert same(whole, last("again"))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not train.restarted(Path("runs/again"))  # another torchrun's run is not gone on with
-    monkeypatch.setattr(utils, "launcher", lambda: train.read_run_config(Path("runs/again/config.json"))
-                        ["environment"]["launcher"])  # fmt: skip
-    assert train.restarted(Path("runs/again"))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not train.restarted(Path("runs/again"))
+    assert same(last("whole"), last("restarted"))
