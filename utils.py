@@ -1012,7 +1012,7 @@ def prediction_rows(paths, p, classes):
     rows = []
     for path, shares, chosen in zip(paths, *(x.tolist() for x in p.topk(min(5, p.shape[1])))):
         row = {"file": str(path)}
-        for place, (share, k) in enumerate(zip(shares, chosen), 1):
+        for place, share, k in zip(["", 2, 3, 4, 5], shares, chosen):
             row |= {f"class{place}": classes[k], f"probability{place}": share}
         rows.append(row)
     return rows

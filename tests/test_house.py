@@ -214,7 +214,7 @@ def python_blocks():
         yield pytest.param(README[: match.start()], match[1], id=f"block {n}")
 
 
-@pytest.mark.parametrize("before, block", python_blocks())
+@pytest.mark.parametrize("before, block", list(python_blocks()))
 def test_a_recipe_of_the_readme_runs(before, block, tmp_path, monkeypatch):
     """Beside the files that the commands with --copy above it write."""
     monkeypatch.chdir(tmp_path)

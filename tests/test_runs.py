@@ -29,7 +29,8 @@ WINDOWS = "--batch_size 16 --accumulation_steps 2"  # of 60 images: 16 + 16 and 
 TINY = f"{SMALL} {WINDOWS} --epochs 2"
 ONE = f"{SMALL} {WINDOWS} --epochs 1"
 FEW = f"{TINY} --max_samples 18 --batch_size 5"  # 5 + 5 and 5 + 3
-SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, 0))]
+NAMES = "SIGINT", "SIGTERM", "SIGHUP"  # Windows lacks the last one
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 shapes = functools.cache(data.built_in)  # drawn once
 
 
@@ -55,7 +56,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def quickly(monkeypatch):
-    """Without drawing shapes anew, pictures (test_use.py) and waits for the disk (test_faults.py)."""
+    """No shapes drawn anew, no pictures (test_use.py), no waits for the disk (test_faults.py)."""
     monkeypatch.setattr(data, "built_in", shapes)
     monkeypatch.setattr(utils, "save_history", lambda *all: False)
     monkeypatch.setattr(utils, "draw_report", lambda *all: [])
@@ -155,7 +156,7 @@ def step_of(name):
 
 
 def in_folder(folder, make):
-    """What make(monkeypatch) returns, in a folder of its own; nobody changes what it wrote there."""
+    """What make(monkeypatch) returns in a folder of its own; nobody changes what it wrote there."""
     with pytest.MonkeyPatch.context() as patch, terminal():
         patch.chdir(folder)
         quickly(patch)
@@ -184,7 +185,8 @@ def cut_run(tmp_path_factory):
     """The folder of a run that was stopped after its first step, with much left to settle."""
     folder = tmp_path_factory.mktemp("cut")
     flags = f"{AUTO} --epochs 2"
-    in_folder(folder, lambda patch: run_stopped(patch, 101, flags, "cut", SMALL))  # 100 of the sweep
+    # after the 100 steps of the sweep
+    in_folder(folder, lambda patch: run_stopped(patch, 101, flags, "cut", SMALL))
     return folder / "runs" / "cut"
 
 
@@ -195,7 +197,7 @@ def cut(cut_run):
     return Path("runs/cut")
 
 
-# ------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize(
@@ -258,9 +260,7 @@ def test_each_field_of_the_state_matters_on_resume(monkeypatch, capsys):
         folder = Path("runs", f"without_{name}")
         folder.mkdir()
         utils.save_checkpoint(folder / "last.pt", {k: v for k, v in saved.items() if k != name})
-        capsys.readouterr()
-        assert attempt(f"--resume {folder.name}") == 2, name
-        assert capsys.readouterr().err.count("\n") == 1, name
+        assert f"has no {name}: another version" in refused(f"--resume {folder.name}", capsys)
 
 
 CHILD = f"""
@@ -286,9 +286,9 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 def test_a_process_that_is_killed_in_its_third_step_resumes_bitwise(finished, name):
     number = getattr(signal, name)
     flags = f"{TINY} --save_every 1 --ema_decay 0.9 --swa_start_epoch 1 --run_name killed"
-    done = subprocess.run([sys.executable, "-c", CHILD, str(int(number)), *flags.split()],
-                          capture_output=True, timeout=120, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", CHILD, str(int(number)), *flags.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     if name == "SIGKILL":
         assert done.returncode == -number and step_of("killed") == 2
     else:
@@ -319,8 +319,8 @@ def everywhere(tmp_path_factory):
     """The run that no signal stops: (outcome, weights in its files)."""
 
     def make(patch):
-        found = run(EVERYWHERE, "whole")
-        return found, [utils.load_checkpoint(f"runs/whole/{kind}.pt") for kind in ("best", "ema", "swa")]
+        found, kinds = run(EVERYWHERE, "whole"), ("best", "ema", "swa")
+        return found, [utils.load_checkpoint(f"runs/whole/{kind}.pt") for kind in kinds]
 
     return in_folder(tmp_path_factory.mktemp("everywhere"), make)
 
@@ -350,8 +350,8 @@ def test_a_signal_in_any_phase_saves_and_the_run_goes_on_bitwise(
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
     "owner, name, n, flags",
-    [(train, "load_source", 1, "--run_name run"), (train, "train_step", 5, "--lr auto --run_name run"),
-     (train, "train_step", 5, "--find_lr")],
+    [(train, "load_source", 1, "--run_name run"),
+     (train, "train_step", 5, "--lr auto --run_name run"), (train, "train_step", 5, "--find_lr")],
 )  # fmt: skip
 def test_a_signal_before_there_is_a_run_leaves_nothing(
     monkeypatch, capsys, number, owner, name, n, flags
@@ -361,13 +361,13 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(
     assert "nothing was saved" in capsys.readouterr().err and not Path("runs").exists()
 
 
-# ---------------------------------------------------------------------------- flags on a resumed run
+# --------------------------------------------------------------------------- flags on a resumed run
 
 
 def merged(words):
     """The flags with which `--resume cut` and these words would go on."""
-    saved = utils.load_newest("runs/cut")
-    return train.merge_flags(Path("runs/cut"), saved, *train.parse_flags(f"--resume cut {words}".split()))
+    folder, parsed = Path("runs/cut"), train.parse_flags(f"--resume cut {words}".split())
+    return train.merge_flags(folder, utils.load_newest(folder), *parsed)
 
 
 def test_what_was_asked_and_what_was_settled_are_accepted_on_resume(cut):
@@ -385,8 +385,10 @@ def test_what_was_asked_and_what_was_settled_are_accepted_on_resume(cut):
 
 
 def test_free_flags_take_the_values_of_today_on_resume(cut):
-    found = vars(merged("--workers 0 --save_every 7 --quiet --timeout 60 --device cpu --cache_dir c"))
-    free = {"workers": 0, "save_every": 7, "quiet": True, "timeout": 60.0, "device": "cpu", "cache_dir": "c"}
+    words = "--workers 0 --save_every 7 --quiet --timeout 60 --device cpu --cache_dir c"
+    free = {"workers": 0, "save_every": 7, "quiet": True, "timeout": 60.0, "device": "cpu",
+            "cache_dir": "c"}  # fmt: skip
+    found = vars(merged(words))
     settled = utils.load_checkpoint(cut / "last.pt")["flags"]["settled"]
     assert {name: found[name] for name in settled} == {**settled, **free}
 
@@ -419,7 +421,8 @@ def test_resume_with_a_run_name_begins_that_run_or_goes_on_with_it(monkeypatch, 
     Path("runs/again").mkdir(parents=True)
     for name in ("lock", ".last.pt.1.partial"):  # of a process that was killed before it began
         Path("runs/again", name).touch()
-    with before_call(monkeypatch, train, "train_step", 3, lambda: signal.raise_signal(signal.SIGTERM)):
+    stop = lambda: signal.raise_signal(signal.SIGTERM)
+    with before_call(monkeypatch, train, "train_step", 3, stop):
         assert attempt(flags) == 143
     assert step_of("again") == 3
     assert attempt(flags) == 0 and same_outcome(finished[1], outcome("again"))
@@ -443,7 +446,8 @@ def test_torchrun_restarts_need_a_run_that_they_can_find_again(monkeypatch, caps
 
 
 def test_a_run_that_exists_is_not_begun_again_and_a_finished_one_does_not_go_on(cut, capsys):
-    assert "exists; choose another name, or --resume cut" in refused(f"{TINY} --run_name cut", capsys)
+    line = refused(f"{TINY} --run_name cut", capsys)
+    assert "exists; choose another name, or --resume cut" in line
     assert attempt("--resume cut --workers 0") == 0
     assert "finished already" in refused("--resume cut", capsys)
     assert "no unfinished run" in refused("--resume", capsys)
@@ -456,7 +460,8 @@ def test_a_run_is_found_by_its_name_its_path_or_as_the_one_started_last(cut):
         when = (cut / "config.json").stat().st_mtime - age
         os.utime(Path("runs", name, "config.json"), (when, when))
     find = lambda name: utils.find_run("runs", name).name
-    assert find("") == "newer" and find("older") == "older" == find(str(Path("runs/older").resolve()))
+    assert find("") == "newer"
+    assert find("older") == find(str(Path("runs/older").resolve())) == "older"
     saved = utils.load_checkpoint("runs/newer/last.pt")
     utils.save_checkpoint("runs/newer/last.pt", {**saved, "step": 99, "finished": True})
     assert find("") == "cut"
@@ -490,7 +495,7 @@ def test_changed_data_is_refused_on_resume(monkeypatch, capsys):
     assert attempt("--resume stopped") == 0
 
 
-# ------------------------------------------------------------------------------------- what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_saves_its_evidence_and_its_averages_evaluate_alone(finished, capsys):
@@ -499,7 +504,8 @@ def test_a_run_saves_its_evidence_and_its_averages_evaluate_alone(finished, caps
     assert {path.name for path in folder.iterdir()} == {*names.split()}
     assert [row["epoch"] for row in rows] == ["1", "2"] and last["step"] == 4 and last["finished"]
     assert float(rows[-1]["lr"]) < float(rows[0]["lr"])
-    best, ema, swa = (utils.load_checkpoint(folder / f"{name}.pt") for name in ("best", "ema", "swa"))
+    names = "best", "ema", "swa"
+    best, ema, swa = (utils.load_checkpoint(folder / f"{name}.pt") for name in names)
     assert best["metrics"]["ema_accuracy"] == max(float(row["ema_accuracy"]) for row in rows)
     assert best["meta"]["classes"][0] == "bars" and len(best["meta"]["mean"]) == 3
     assert same(last["ema"], ema["model"])
@@ -511,7 +517,8 @@ def test_a_run_saves_its_evidence_and_its_averages_evaluate_alone(finished, caps
     assert "on 60 test images: loss" in capsys.readouterr().out
     found = json.loads(Path("found.json").read_text())
     assert [result["checkpoint"] for result in found] == files
-    assert all(x["split"] == "test" and x["samples"] == 60 and 0 <= x["accuracy"] <= 1 for x in found)
+    for result in found:
+        assert (result["split"], result["samples"]) == ("test", 60) and 0 <= result["accuracy"] <= 1
 
 
 def test_repeated_bad_steps_end_the_run_clearly_and_are_counted_on_resume(monkeypatch, capsys):
@@ -553,7 +560,7 @@ def test_evaluation_without_a_test_split_keeps_to_the_runs_own_validation_images
     assert found["loss"] == pytest.approx(float(rows[-1]["val_loss"]), rel=1e-4)
 
 
-# -------------------------------------------------------------------------------------- a test a flag
+# ------------------------------------------------------------------------------------ a test a flag
 
 
 @pytest.mark.parametrize(
@@ -596,8 +603,8 @@ def test_min_crop_area_changes_random_resized_crops_of_larger_pictures():
 
     save_folder(Path("photos"), ("train", "val"), count=9, size=(80, 90))
     flags = "--data photos --batch_size 8"
-    found = [run(flags + more, f"run{i}", ONE) for i, more in enumerate(("", " --min_crop_area 0.9"))]
-    assert not same(*(last["model"] for last, *_ in found))
+    usual, large = run(flags, "usual", ONE), run(f"{flags} --min_crop_area 0.9", "large", ONE)
+    assert not same(usual[0]["model"], large[0]["model"])
 
 
 def lrs(flags, name="run", preset=TINY):
@@ -644,8 +651,8 @@ def test_adaptive_validation_becomes_rarer():
                             stop=[], dtype=torch.float32)  # fmt: skip
     due = []
     for epoch in range(1, 41):
-        state = SimpleNamespace(model=torch.nn.Linear(1, 1), step=0, epoch=epoch - 1, ema=None, swa=None,
-                                micro_batch=None, totals=torch.zeros(2, 1))  # fmt: skip
+        state = SimpleNamespace(model=torch.nn.Linear(1, 1), totals=torch.zeros(2, 1), step=0,
+                                epoch=epoch - 1, ema=None, swa=None, micro_batch=None)  # fmt: skip
         due += [epoch] * ("val_loss" in train.validate(state, begun))
     assert due == [*range(1, 11), *range(12, 31, 2), 33, 36, 39, 40]
 
@@ -863,7 +870,7 @@ def test_a_missing_tracker_names_its_package(monkeypatch, capsys):
         assert f"pip install {package}" in refused(f"--{package}", capsys)
 
 
-# ---------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 
 PRESETS = json.loads((ROOT / "configs.json").read_text())
 
@@ -908,7 +915,7 @@ def test_a_presets_samples_a_step_are_kept_by_auto():
     assert args.effective_batch == 24 and "accumulation_steps" not in given
 
 
-# ------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 BAD_FLAGS = {
     "--epoch 3": "did you mean --epochs?",
@@ -924,7 +931,7 @@ BAD_FLAGS = {
     "--clip_grad_norm nan": "--clip_grad_norm: must be",
     "--ema_decay 1": "--ema_decay: must be a number at least 0 and below 1",
     "--val_fraction 1": "--val_fraction: must be",
-    "--warmup_epochs 5 --epochs 3 --scheduler cosine": "--warmup_epochs 5: must be below --epochs 3",
+    "--warmup_epochs 5 --epochs 3 --scheduler cosine": "--warmup_epochs 5: must be below --epochs",
     "CUSTOM --monitor speed": "give one of train_loss, train_accuracy, val_loss, val_accuracy",
     "--workers 1000": "--workers: must be",
     "--run_name ../x": "--run_name: must be",
@@ -1056,11 +1063,11 @@ def test_a_bad_checkpoint_is_one_line_and_status_2(kind, message, capsys):
     assert message in refused("--evaluate a.pt", capsys)
 
 
-# -------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def out_of_memory_at(monkeypatch, samples, calls=None):
-    """Models raise as CUDA does where they train on more than `samples`, in calls of that number."""
+    """Models raise as CUDA does where they train on more than `samples`, in calls so numbered."""
     seen, forward = [], model.CustomCNN.forward
 
     def limited(self, x):

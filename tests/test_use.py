@@ -287,11 +287,11 @@ def test_prediction_is_what_evaluation_scores_and_needs_the_checkpoint_alone(
     shutil.copy(photos / "runs/p/best.pt", "runs/p/best.pt")
     found = predict(Path(), ["--input", source])
     assert [row["file"] for row in found] == list(map(str, sorted(source.rglob("*.*"))))
-    right = sum(row["class1"] == Path(row["file"]).parent.name for row in found) / 18
+    right = sum(row["class"] == Path(row["file"]).parent.name for row in found) / 18
     assert right == pytest.approx(scored["accuracy"])
     for row in found:  # of two classes
-        assert list(row) == ["file", "class1", "probability1", "class2", "probability2"]
-        assert row["probability1"] + row["probability2"] == pytest.approx(1)
+        assert list(row) == ["file", "class", "probability", "class2", "probability2"]
+        assert row["probability"] + row["probability2"] == pytest.approx(1)
     assert "18 of 18 pictures" in capsys.readouterr().out
     rows = predict(Path(), ["--input", found[0]["file"], source / "b*/*"], "p.csv")
     assert len(rows) == 10 and list(rows[0]) == list(found[0])
@@ -319,7 +319,7 @@ def test_broken_pictures_are_named_and_passed_over(photos, capsys):
 def test_views_change_a_prediction_and_agree_with_their_average(photos):
     source = photos / "photos/test"
     plain, tta = predict(photos, ["--input", source]), predict(photos, ["--input", source, "--tta"])
-    best = lambda rows: {row["file"]: row["probability1"] for row in rows}
+    best = lambda rows: {row["file"]: row["probability"] for row in rows}
     assert any(abs(best(plain)[file] - p) > 1e-6 for file, p in best(tta).items())
     net, meta = loaded(photos / "runs/p/best.pt")
     (paths, images, _), = data.decode_pictures(data.find_pictures(source)[:4], meta["stored_size"])
@@ -438,7 +438,7 @@ def test_the_exported_program_answers_as_predict_does(photos):
     facts = json.loads(files["facts.json"])
     assert facts["classes"] == ["ant", "bee"] and facts["image_size"] == 32
     source = photos / "photos/test"
-    expected = [row["probability1"] for row in predict(photos, ["--input", source])]
+    expected = [row["probability"] for row in predict(photos, ["--input", source])]
     paths, cut = data.find_pictures(source), (facts["stored_size"] - 32) // 2
     (_, images, _), = data.decode_pictures(paths, facts["stored_size"])
     images = torch.from_numpy(images[:, cut : cut + 32, cut : cut + 32])
