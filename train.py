@@ -1443,8 +1443,8 @@ def score(path, args, given):
     if whole:  # a file of puzzles has no splits
         flags |= {"val_fraction": 0.0, "max_samples": 0}
     source = load_source(argparse.Namespace(**flags))
-    split = next((source.splits[n] for n in ("test", "val") if n in source.splits), None)
-    split, name = (source.splits["train"], "all") if whole else (split, "test")
+    name = next((name for name in ("test", "val") if name in source.splits), None)
+    name, split = ("all", source.splits["train"]) if whole else (name, source.splits.get(name))
     if split is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
     has = source.classes, (*split.images.shape[3:], 1)[0]

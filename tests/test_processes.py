@@ -117,7 +117,7 @@ def in_turn(jobs, ports):
 def session(jobs, apart=None):
     """Two processes do the jobs in turn, the second in the folder `apart`: {name: two results}."""
     folders = [Path.cwd(), Path(apart or ".").absolute()]
-    codes = statuses(start(in_turn, jobs, free_ports(len(jobs)), folders=folders), 150)
+    codes = statuses(start(in_turn, jobs, free_ports(len(jobs)), folders=folders), 300)
     found = {}
     for name in jobs:
         paths = [folder / f"{name}.{rank}.json" for rank, folder in enumerate(folders)]
@@ -212,6 +212,11 @@ def running_out(state, place, step, call):
     return dataclasses.replace(TASK, loss=loss, measure=measure), augment
 
 
+def eager(inner):
+    """torch.compile with all but the compiler of C++, which takes half a minute when it is cold."""
+    return partial(inner, backend="aot_eager")
+
+
 def take_steps(case, state, step):
     """What is known after each step(state, number, options): tensors and numbers."""
     options = {key: case[key] for key in ("clip_grad_norm", "sam_rho") if key in case}
@@ -233,7 +238,9 @@ def steps_of_a_process(case):
     task, augment, state.share = TASK, train.unchanged, train.share_among_processes
     if case.get("compiled"):
         example = torch.randn(4, 6, dtype=torch.float64)
-        state.forward, _ = models.compile_model(state.model, example, "default")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", eager(torch.compile))
+            state.forward, _ = models.compile_model(state.model, example, "default")
         if state.forward is None:
             return None
     if "fail" in case and rank == 1:
@@ -352,11 +359,6 @@ def poisoned(inner):
         return inputs * float("inf"), targets
 
     return augment
-
-
-def eager(inner):
-    """torch.compile with everything but the compiler of C++."""
-    return partial(inner, backend="aot_eager")
 
 
 def older(inner):
@@ -499,7 +501,7 @@ def test_two_processes_take_the_steps_of_one_to_eleven_digits(begun, name):
     paths = "steps0.pt", "apart/steps1.pt"
     first, second = (torch.load(path, weights_only=True)[name] for path in paths)
     if first is None:
-        pytest.skip("no compiler works here")
+        pytest.skip("torch.compile does not work here")
     bound = 1e-5 if case.get("fp16") else 1e-11
     for number, one in enumerate(steps_of_one_process(case)):
         mine, other = first[number], second[number]
@@ -526,6 +528,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(begun, name):
     ended(begun[name], 0, 0)
     text = begun[name][0].out
     assert "12 x 2 accumulation x 2 processes = 48 | 2 steps an epoch" in text
+    if "not compiled (" in text:
+        pytest.skip("torch.compile does not work here")
     assert ("compiled (default)" in text) == (name == "compiled")
     flags = VARIANTS[name].replace("--compile", "")
     assert main(f"{TINY} --accumulation_steps 4 --run_name one_{name} {flags}") == 0
