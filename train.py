@@ -1333,7 +1333,9 @@ def open_run(args, given, held):
     if args.find_lr:
         return state, run
     needed = sum(tensor.nbytes for _, tensor in utils.tensors(state.to_checkpoint()))
-    utils.check_room(folder, needed if resumes else 7 * needed)  # two moments, three checkpoints
+    if not resumes:  # three checkpoints, which grow by two moments, and up to four files of weights
+        needed = 3 * needed + 10 * sum(tensor.nbytes for tensor in state.live.values())
+    utils.check_room(folder, needed)
     if args.lr == "auto":
         args.lr = lr_sweep(state, run)
         lines.append(f"find_lr    --lr {args.lr:.2e}")
