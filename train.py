@@ -34,8 +34,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends the seconds of importing torch without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
