@@ -498,9 +498,9 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
             restore(state, buffers)
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state)
-    loss = (totals[0, 0] + first_norm).to(norm.dtype)
+    loss = totals[0, 0].to(norm.dtype)
     norm_value, loss_value = torch.stack((norm, loss)).tolist()  # the step's one synchronisation
-    good = math.isfinite(norm_value + loss_value)
+    good = math.isfinite(norm_value + loss_value + float(first_norm))
     if good:
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(state.parameters, clip_grad_norm, norm)
@@ -520,7 +520,7 @@ def window_gradients(state, window, task, augment, dtype, seed):
     device = state.parameters[0].device
     if seed is not None:
         set_seed(seed, device)
-    batches, totals, failed = split(window, state.micro_batch), zero_totals(task, device), False
+    batches, parts, failed = split(window, state.micro_batch), [], False
     counts = [task.items(targets) for _, targets, _ in batches]
     items = sum(counts)
     try:
@@ -529,9 +529,8 @@ def window_gradients(state, window, task, augment, dtype, seed):
                 inputs, targets = augment(images, targets, index)
                 outputs = (state.forward or state.model)(inputs)
                 loss = task.loss(outputs, targets)
-            totals += batch_totals(task, loss, count, outputs, targets)
-            # the gradient of loss / items, with two operations fewer
-            state.scaler.scale(loss).backward(loss.new_ones(()) / items)
+            parts.append(batch_totals(task, loss, count, outputs, targets))
+            state.scaler.scale(loss).backward(loss.new_ones(()) / items)  # as of loss / items
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -542,6 +541,7 @@ def window_gradients(state, window, task, augment, dtype, seed):
         if largest < 4:  # BatchNorm needs two samples
             raise torch.OutOfMemoryError(f"out of memory with a batch of {largest}")
         state.micro_batch = largest // 2
+    totals = sum(parts) if parts else zero_totals(task, device)
     if state.share is not None:
         totals, failed = state.share(state, totals, failed)
     return None if failed else totals
@@ -556,10 +556,10 @@ def zero_totals(task, device):
 def batch_totals(task, loss, items, outputs, targets):
     """float [2, 1 + metrics]: numerators over denominators of the loss and of each metric."""
     numerators, denominators = task.measure(outputs.detach(), targets)
-    totals = loss.new_empty(2, 1 + len(numerators))
-    totals[0, 0], totals[1, 0] = loss.detach(), items
-    totals[0, 1:], totals[1, 1:] = numerators, denominators
-    return totals
+    numerators = torch.cat((loss.detach()[None], numerators))
+    counts = torch.empty_like(numerators)
+    counts[0], counts[1:] = items, denominators
+    return torch.stack((numerators, counts))
 
 
 @contextlib.contextmanager
