@@ -64,7 +64,7 @@ READ_BY = {  # the flags that a mode reads; its checkpoint holds the others
     "export": "export output model_args".split(),
     "copy": "copy output".split(),
 }
-NEEDS = {  # flag -> those of which it needs one
+NEEDS = {  # flag -> it needs one of these
     "input": ["predict"], "search": ["predict"], "tta": ["evaluate", "predict"],
     "output": list(OUTPUTS), "predict": ["input"], "export": ["output"], "copy": ["output"],
     "swa_lr": ["swa_start_epoch"],
@@ -88,9 +88,9 @@ def build_parser():
         "data": (
             ("data", path, None, "class folders, IDX, CIFAR, NPZ or puzzle files; else built-in data"),
             ("image_size", size, 0, "side of the images in px; 0: by the source"),
-            ("val_fraction", share, 0.1, "share of each class set aside, without a validation split"),
+            ("val_fraction", share, 0.1, "share of each class for validation, if there is no split"),
             ("max_samples", count, 0, "size of a subset of each split; 0: all"),
-            ("workers", num(int, 0, 64), None, "loader processes; else none for data in memory"),
+            ("workers", num(int, 0, 64), None, "loader processes; default: 0 for data in memory"),
             ("cache_dir", path, ".cache", "folder for decoded image folders"),
             ("crop_padding", num(int, 0, 256), 4, "padding in px before a random crop"),
             ("flip", switch, None, "random mirroring; else for colour images only"),
@@ -113,15 +113,15 @@ def build_parser():
             ("accumulation_steps", positive, 1, "micro-batches of a step"),
             ("effective_batch", positive, None, "samples of a step, in place of accumulation steps"),
             ("clip_grad_norm", at_least_0, 0.0, "largest gradient norm; 0: no clipping"),
-            ("optimizer", list(models.LEARNING_RATES), None, "else muon for Sudoku, adamw for images"),
+            ("optimizer", list(models.LEARNING_RATES), None, "default: muon for Sudoku, adamw for images"),
             ("lr", num(float, 0, open_low=True, word="auto"), None, "peak rate; auto: by range test"),
             ("weight_decay", at_least_0, 0.01, "decay of matrices and filters"),
             ("momentum", share, 0.9, "momentum of sgd and muon, beta1 of adamw"),
             ("ema_decay", share, 0.0, "decay of the weights' moving average; 0: none"),
             ("swa_start_epoch", count, 0, "first epoch of the SWA mean; 0: none"),
-            ("swa_lr", above_0, None, "learning rate of SWA; else the schedule's"),
+            ("swa_lr", above_0, None, "learning rate of SWA; default: the schedule's"),
             ("sam_rho", at_least_0, 0.0, "radius of SAM; 0: off"),
-            ("freeze_epochs", count, 0, "first epochs, which train the head alone"),
+            ("freeze_epochs", count, 0, "number of first epochs that train only the head"),
             ("seed", num(int, 0, 2**63 - 1), 0, "seed of all randomness"),
         ),
         "schedule": (
@@ -134,7 +134,7 @@ def build_parser():
             ("device", str, "auto", "auto, cuda, cuda:N, mps or cpu"),
             ("amp", ["auto", "True", "False", "fp16", "bf16"], "auto", "mixed precision"),
             ("channels_last", switch, True, "memory format of images and filters"),
-            ("memory_gb", above_0, None, "limit of memory in GB"),
+            ("memory_gb", above_0, None, "limit of GPU memory in GB; on a CPU: of --batch_size auto"),
             ("checkpoint_activations", switch, False, "activations computed twice, to save memory"),
             ("deterministic", switch, True, "deterministic cuDNN, for bitwise resume"),
             ("timeout", above_0, 600.0, "longest silence in s of a loader worker or process"),
@@ -263,7 +263,7 @@ def check_flags(args, given):
         (frozen and (args.find_lr or args.lr == "auto"),
          "--freeze_epochs: the range test trains the whole network; give --lr a number"),
         (automatic and "accumulation_steps" in given,
-         "--accumulation_steps: follows from --effective_batch; give that in its place"),
+         "--accumulation_steps: follows from --effective_batch; leave it out"),
         (swa > epochs, f"--swa_start_epoch {swa}: must be at most --epochs {epochs}"),
         (frozen > epochs, f"--freeze_epochs {frozen}: must be at most --epochs {epochs}"),
         (0 < swa <= frozen, f"--swa_start_epoch {swa}: must be above --freeze_epochs {frozen}"),
@@ -301,8 +301,9 @@ class Task:
 
     loss: Callable  # (outputs, targets) -> the loss summed over the batch's items, a float32 scalar
     items: Callable = len  # targets -> their number of items
-    measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), 0)  # -> numerators [metrics]
-    metrics: tuple = ()  # their names                 and denominators, a number or [metrics]
+    # (outputs, targets) -> numerators [metrics] and denominators, a number or [metrics]
+    measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), 0)
+    metrics: tuple = ()  # their names
     monitor: str = "loss"  # the metric that chooses best.pt
     formats: dict = field(default_factory=dict)  # metric -> its format in logs
     unit: str = "samples"
@@ -639,6 +640,7 @@ def share_among_processes(state, totals, failed):
     """
     weights = [p for p in state.parameters if p.requires_grad]
     buffers = [buffer for buffer in state.buffers if buffer.is_floating_point()]
+    state.scaler.scale(totals)  # makes its scale, also in a process without a batch
     items = 0.0 if failed else totals[1, 0].item()
     for p in weights:
         p.grad = torch.zeros_like(p) if p.grad is None or not items else p.grad * items
@@ -719,7 +721,7 @@ class Run:
     dtype: torch.dtype
     source: data.Data
     meta: dict  # what makes a checkpoint usable alone
-    fetch: dict  # split -> function of an order, or of a list of batches of indices, to batches
+    fetch: dict  # split -> its function of `data.batches`
     steps_per_epoch: int
     flags: dict = field(default_factory=dict)  # as they were asked for and as they were settled
     folder: Path = RUNS
@@ -751,9 +753,8 @@ def train_epoch(state, run):
     began -= state.seconds
     values, augment = monitored(state, run), partial(task.augment, epoch=state.epoch)
     freeze(state, state.epoch < args.freeze_epochs)
-    if state.totals is None:
-        state.totals = zero_totals(task, run.device)
-    state.totals = state.totals.to(run.device)  # of a resumed run
+    zeros = zero_totals(task, run.device)
+    state.totals = zeros if state.totals is None else state.totals.to(zeros)  # where resumed
     title = f"epoch {state.epoch + 1}/{args.epochs}"
     with utils.progress_bar(title, sum(map(len, pieces)), task.unit, args.quiet) as bar:
         bar.update(sum(map(len, pieces[:done])))
@@ -983,14 +984,14 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
             tried.append(rate)
             losses.append(smoothed)
     if len(tried) < 10:
-        raise ValueError(f"--find_lr: the loss diverged after {len(tried)} rates from {min_lr:g}; "
+        raise ValueError(f"the range test diverged after {len(tried)} rates from {min_lr:g}; "
                          "check data and model")
     return tried, losses, suggest_lr(tried, losses)
 
 
 @contextlib.contextmanager
 def preserved(state):
-    """Mutates `state` back: it and the random generators leave the block as they entered it."""
+    """Restores `state` and the random generators of CPU and CUDA at the end of the block."""
     saved = copy.deepcopy(state.to_checkpoint())
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
@@ -1033,7 +1034,7 @@ def lr_sweep(state, run):
 
     def step(state, item):
         bar.update()
-        return train_step(state, *item[:1], run.task, item[1], run.dtype, args.clip_grad_norm,
+        return train_step(state, item[0], run.task, item[1], run.dtype, args.clip_grad_norm,
                           sam_rho=args.sam_rho)
 
     with utils.progress_bar("find_lr", 100, "step", args.quiet) as bar:
@@ -1308,10 +1309,10 @@ def open_run(args, given, held):
         resumes = args.resume is not None and utils.any_process(utils.has_checkpoints(folder))
     if resumes:
         with utils.first_process_first(rank == 0):  # it sets aside what is damaged
-            if rank == 0:
+            if rank == 0 and folder.is_dir():
                 held.enter_context(utils.lock(folder))
             saved = utils.load_newest(folder, [*SAVED, "meta", "flags"], set_aside=rank == 0)
-        utils.check_agreement({"checkpoints; they need one folder runs": saved["step"]})
+        utils.check_agreement({"checkpoints; they need one folder runs": saved and saved["step"]})
         args = merge_flags(folder, saved, args, given)
     elif not args.find_lr:
         utils.check_unused(folder)
@@ -1550,7 +1551,7 @@ def run_export(args, given):
     output = Path(args.output)
     if output.suffix == ".onnx" and (absent := utils.missing("onnx", "onnxscript")):
         raise ValueError(f"--output {output}: needs the packages {absent}: pip install {absent}")
-    args.device, args.channels_last, size = "cpu", False, 9
+    args.device, args.channels_last = "cpu", False
     model, meta, *_ = load_model(args.export, args)
     size, channels, puzzles = meta["image_size"], meta["in_channels"], meta["model"] == "sudoku_gnn"
     if puzzles:

@@ -44,10 +44,8 @@ FORMAT_VERSION = 1
 
 
 def write_atomic(path, content, previous=None):
-    """Replace the file at `path` by `content` (bytes). At any time the old or the new one is whole.
-
-    The old file is renamed to `previous` if that name is given. An OSError names `path`.
-    """
+    """Replace the file at `path` by `content` (bytes): at any time the old or the new one is whole.
+    The old one is renamed to `previous`, if that name is given. An OSError names `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -72,10 +70,8 @@ def write_atomic(path, content, previous=None):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write `checkpoint` (nested dicts and lists of tensors and primitives) to `path`, atomically.
-
-    An existing `last.pt` becomes `previous.pt`. ValueError if a tensor holds a NaN or an infinity.
-    """
+    """Write nested dicts and lists of tensors and primitives to `path`, atomically; an existing
+    `last.pt` becomes `previous.pt`. ValueError if a tensor holds a NaN or an infinity."""
     path = Path(path)
     for name, tensor in tensors(checkpoint):
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -95,11 +91,9 @@ def tensors(tree, name=""):
 
 
 def load_checkpoint(path, legacy=False):
-    """The checkpoint at `path`, on the CPU. Raises ValueError if it is missing, damaged or too new.
-
-    The archive's checksums are verified first: torch.load ignores them, and read 369 of 400 files
-    with one flipped bit. `legacy` admits files of torch before 1.6, which are no archives.
-    """
+    """The checkpoint at `path`, on the CPU. ValueError if it is missing, damaged (torch.load
+    ignores the archive's checksums) or too new. `legacy` admits files of torch before 1.6, no
+    archives."""
     path = Path(path)
     if not path.is_file():
         instead = path / "best.pt" if (path / "best.pt").is_file() else "a .pt file of a run"
@@ -112,11 +106,9 @@ def load_checkpoint(path, legacy=False):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and primitives; give another") from None
-    except (OSError, MemoryError):
-        raise
     except Exception as error:  # damaged files make zipfile and torch raise almost any type
-        if re.search("memory|DataLoader", str(error)):  # the file is not at fault
-            raise
+        if isinstance(error, OSError | MemoryError) or re.search("memory|DataLoader", str(error)):
+            raise  # the file is not at fault
         reason = one_line(error)
         raise ValueError(f"{path}: not a whole checkpoint ({reason}); use another one") from None
     if not isinstance(checkpoint, dict):
@@ -129,21 +121,20 @@ def load_checkpoint(path, legacy=False):
 
 def load_newest(folder, needed=("step",), log=print, set_aside=True):
     """The checkpoint with the highest step of `last.pt` and `previous.pt`; None if there are none.
-
-    A file that is damaged or lacks one of the keys `needed` is renamed to `*.damaged` and logged if
-    `set_aside`: only a process that holds the folder's `lock` may do that. ValueError if there are
-    files and none can be used.
-    """
+    One that is damaged or lacks a key of `needed` is renamed to `*.damaged` if `set_aside`, for
+    holders of the `lock` alone. ValueError if there are files and none can be used."""
     folder, usable = Path(folder), []
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
-            checkpoint = load_checkpoint(path) if path.exists() else None
-            if checkpoint and (absent := [key for key in needed if key not in checkpoint]):
+            if not path.exists():
+                continue
+            checkpoint = load_checkpoint(path)
+            if absent := [key for key in needed if key not in checkpoint]:
+                reason = ", so it is no checkpoint of a run"
                 if "format_version" in checkpoint:
-                    raise ValueError(f"{path}: has no {absent[0]}: another version "
-                                     "of the kit wrote it; use that version, or start a new run")
-                raise ValueError(f"{path}: has no {absent[0]}, so it is no checkpoint of a run")
-            usable += [checkpoint] if checkpoint else []
+                    reason = ": another version of the kit wrote it; use that, or start a new run"
+                raise ValueError(f"{path}: has no {absent[0]}{reason}")
+            usable.append(checkpoint)
         except OSError as error:
             log(f"warning: {path}: {error.strerror}; passed over")
         except ValueError as error:
@@ -162,8 +153,8 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
 
 def has_checkpoints(folder):
     """Whether `folder` holds the state of a run, be it damaged."""
-    patterns = ("last.pt", "previous.pt", "*.damaged*")
-    return any(path for pattern in patterns for path in Path(folder).glob(pattern))
+    names = ("last.pt", "previous.pt", "*.damaged*")
+    return any(any(Path(folder).glob(name)) for name in names)
 
 
 def one_line(error):
@@ -175,15 +166,13 @@ def one_line(error):
 
 
 def find_run(runs, name):
-    """The folder of the run to resume: `name` or runs/name; for "" the unfinished run started last.
-
-    A run started when its config.json was written. Raises ValueError if there is no such run.
-    """
+    """The folder of the run to resume: `name` or runs/name; for "" the unfinished run whose
+    config.json was written last. ValueError if there is no such run."""
     runs = Path(runs)
-    for folder in (Path(name), runs / name) if name else ():
-        if has_checkpoints(folder):
-            return folder
     if name:
+        for folder in (Path(name), runs / name):
+            if has_checkpoints(folder):
+                return folder
         others = sorted(path.name for path in runs.glob("*") if has_checkpoints(path))
         raise ValueError(f"--resume {shorten(name)}: no such run with a checkpoint; in "
                          f"{runs.resolve()} there are {', '.join(others[-5:]) or 'none'}")
@@ -219,7 +208,7 @@ def holds_better(path, monitor, row):
         return False
 
 
-def check_room(folder, needed=0):
+def check_room(folder, needed):
     """ValueError unless `needed` bytes can be written below `folder`, which need not exist yet."""
     path = Path(folder).absolute()
     parent = next(place for place in (path, *path.parents) if place.exists())
@@ -232,11 +221,8 @@ def check_room(folder, needed=0):
 
 
 def lock(folder):
-    """The open file `lock` in `folder`, with this process's pid and host: locked until closed.
-
-    The system unlocks it when the process ends. ValueError if another process has locked it.
-    Partial files of killed processes are removed.
-    """
+    """The open file `lock` in `folder`, locked until it is closed or the process ends. Removes
+    partial files of killed processes. ValueError if another process has locked it."""
     file = open(Path(folder) / "lock", "a+", encoding="utf-8")
     try:
         if os.name == "nt":
@@ -265,41 +251,39 @@ def lock(folder):
 
 def environment():
     """What a result depends on beside its flags: versions, machine, git commit ("" if unknown)."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
+    command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "platform": platform.platform(), "gpu": gpu,
+            "numpy": np.__version__, "platform": platform.platform(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
             "threads": torch.get_num_threads(), "git_commit": commit,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": world()[1]}
 
 
 def logger(path=None, past=()):
-    """A function log(line) for the terminal, above any progress bar, and for the file at `path`.
+    """A function log(line) for the terminal and the file at `path`, where `past` lines come first.
+    Only the first of several processes logs."""
 
-    `past` lines were printed before the file existed. Only the first of several processes logs.
-    """
-
-    def log(line, terminal=True):
-        with contextlib.suppress(OSError):  # a closed terminal or a full disk does not end the run
-            if terminal:
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
+    def write(line):
         if path is not None:
             with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    def log(line):
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk does not end the run
+            tqdm.write(line, file=sys.stdout)  # above any progress bar
+            sys.stdout.flush()
+        write(line)
+
     if world()[0]:
         return lambda line: None
     for line in past:
-        log(line, terminal=False)
+        write(line)
     return log
 
 
-def progress_bar(title, total, unit, quiet=False):
+def progress_bar(title, total, unit, quiet):
     """A tqdm bar; none for under 100 samples, nor in other processes than the first."""
     hidden = quiet or total < 100 or world()[0] > 0
     return tqdm(desc=title, total=total, unit=unit, leave=False, dynamic_ncols=True,
@@ -347,52 +331,46 @@ def missing(*packages):
     return " ".join(name for name in packages if importlib.util.find_spec(name) is None)
 
 
-def trackers_available(tensorboard=False, wandb=False):
+def trackers_available(tensorboard, wandb):
     """ValueError if a tracker that was asked for is not installed."""
-    for flag, asked, packages in (("tensorboard", tensorboard, ["tensorboard"]),
-                                  ("wandb", wandb, ["wandb", "PIL"])):
-        if asked and (absent := missing(*packages).replace("PIL", "pillow")):
+    asked = {"tensorboard": ["tensorboard"] * tensorboard, "wandb": ["wandb", "PIL"] * wandb}
+    for flag, packages in asked.items():
+        if absent := missing(*packages).replace("PIL", "pillow"):
             raise ValueError(f"--{flag} needs the package {absent}: pip install {absent}")
 
 
-def trackers(folder, config, tensorboard=False, wandb=False):
-    """A list of functions track(step, {name: value}), one for each tracker that was asked for.
-
-    A value is a number, a text of several lines, or a picture uint8 [H, W, 3].
-    """
+def trackers(folder, config, tensorboard, wandb):
+    """Functions track(step, {name: value}) of the trackers asked for. A value is a number, a text
+    of several lines, or a picture uint8 [H, W, 3]."""
     tracks = []
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        tracks.append(functools.partial(track_tensorboard, SummaryWriter(str(folder))))
+        writer = SummaryWriter(str(folder))
+        code = lambda name, text, step: writer.add_text(  # as a code block, which keeps its columns
+            name, "    " + text.replace("\n", "\n    "), step)
+        add = {str: code, np.ndarray: functools.partial(writer.add_image, dataformats="HWC")}
+
+        def track(step, values):
+            for name, value in values.items():
+                add.get(type(value), writer.add_scalar)(name, value, step)
+            writer.flush()
+
+        tracks.append(track)
     if wandb:
         import wandb as client
 
-        name = Path(folder).name
+        name = folder.name
         try:
             run = client.init(dir=str(folder), name=name, id=name, resume="allow", config=config)
         except client.Error as error:
             reason = one_line(error)
             raise OSError(f"--wandb: {reason}; log in, or set WANDB_MODE=offline") from None
-        tracks.append(functools.partial(track_wandb, client, run))
+        kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
+        plain = lambda value: kinds.get(type(value), lambda x: x)(value)
+        tracks.append(lambda step, values: run.log(
+            {name: plain(value) for name, value in values.items()}, step=step))
     return tracks
-
-
-def track_tensorboard(writer, step, values):
-    for name, value in values.items():
-        if isinstance(value, str):  # as a code block, which keeps its columns
-            writer.add_text(name, "    " + value.replace("\n", "\n    "), step)
-        elif isinstance(value, np.ndarray):
-            writer.add_image(name, value, step, dataformats="HWC")
-        else:
-            writer.add_scalar(name, value, step)
-    writer.flush()
-
-
-def track_wandb(client, run, step, values):
-    kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
-    plain = lambda value: kinds[type(value)](value) if type(value) in kinds else value
-    run.log({name: plain(value) for name, value in values.items()}, step=step)
 
 
 def metrics_line(numbers, formats):
@@ -408,34 +386,25 @@ def metrics_line(numbers, formats):
 
 
 def epoch_line(row, formats, monitor, unit, epochs, new_best):
-    """The log's line for one epoch, given its row of metrics.csv.
-
-    Each split shows the loss and `monitor`. The EMA, or without it the validation, shows all
-    metrics of `formats` and the levels of `monitor`.
-    """
+    """The log's line for an epoch's `row` of metrics.csv: the loss and `monitor` of each split, and
+    all `formats` and levels of the EMA, or without it of the validation."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     detailed = "ema" if "ema_loss" in row else "val"
+    details = [*formats, *(monitor + level for level in SUDOKU_LEVELS)]
     for split in ("train", "val", "ema", "swa"):
-        names = ["loss", monitor]
-        if split == detailed:
-            names += [*formats, *(monitor + level for level in SUDOKU_LEVELS)]
+        names = ["loss", monitor, *(details if split == detailed else ())]
         numbers = {name: row[f"{split}_{name}"] for name in names if f"{split}_{name}" in row}
         if numbers:
             parts.append(f"{split} {metrics_line(numbers, formats)}")
-    parts.append(f"{row['seconds']:.1f} s")
-    parts.append(f"{row['samples_per_second']:,.0f} {unit}/s")
-    parts.append(f"lr {row['lr']:.2e}")
-    if row["bad_steps"]:
-        parts.append(f"{row['bad_steps']} bad steps")
-    return " | ".join([*parts, "new best"] if new_best else parts)
+    form = "{seconds:.1f} s | {samples_per_second:,.0f} {unit}/s | lr {lr:.2e}"
+    form += " | {bad_steps} bad steps" * bool(row["bad_steps"]) + " | new best" * new_best
+    return " | ".join([*parts, form.format(unit=unit, **row)])
 
 
 @contextlib.contextmanager
 def catch_signals(gently=True):
     """Yields a list that receives the number of SIGINT, SIGTERM or SIGHUP; a second ends at once.
-
-    Without `gently` the first signal raises KeyboardInterrupt with its number.
-    """
+    Without `gently` the first one raises KeyboardInterrupt with its number."""
     received, before = [], {}
 
     def handle(number, frame):
@@ -461,22 +430,22 @@ def catch_signals(gently=True):
 
 def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, word=None):
     """An argparse type: a finite int or float (`kind`) within bounds, or the string `word`."""
-    bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
-    bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
-    wanted = ["an integer" if kind is int else "a number", " and ".join(bounds)]
-    wanted = " ".join(filter(None, wanted)) + (f" or {word}" if word else "")
+    wanted = "an integer" if kind is int else "a number"
+    if low > -math.inf:
+        wanted += f" {'above' if open_low else 'at least'} {low:g}"
+    if high < math.inf:
+        wanted += f"{' and' * (low > -math.inf)} {'below' if open_high else 'at most'} {high:g}"
 
     def parse(text):
-        if word and text == word:
+        if text == word:
             return text
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            inside = low <= value <= high and math.isfinite(value)
-        except (ValueError, OverflowError):
-            inside = False
-        if not inside or (open_low and value == low) or (open_high and value == high):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shorten(text)}")
-        return value
+            ends = [low] * (not open_low) + [high] * (not open_high)
+            if math.isfinite(value) and (low < value < high or value in ends):
+                return value
+        choice = f" or {word}" if word else ""
+        raise argparse.ArgumentTypeError(f"must be {wanted}{choice}, got {shorten(text)}")
 
     return parse
 
@@ -485,7 +454,7 @@ def boolean(text):
     """An argparse type: True or False, also in lower case."""
     if text not in ("True", "False", "true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, got {shorten(text)}")
-    return text in ("True", "true")
+    return text.lower() == "true"
 
 
 def file_path(text):
@@ -533,8 +502,7 @@ def fail(message):
     if len(line) > 1000:  # the end says what to do
         line = f"{line[:700]} ... {line[-250:]}"
     rank = os.environ.get("RANK", "0")
-    process = f"process {rank}: " if rank != "0" else ""
-    print(f"error: {process}{line}", file=sys.stderr)
+    print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -542,9 +510,8 @@ def message_of(error):
     """The message for a ValueError or an OSError; an OSError's path comes first."""
     if not isinstance(error, OSError) or error.filename is None:
         return str(error)
-    hint = "look at the path and at who may use it"
-    if error.errno == errno.ENOSPC:
-        hint = "make room there"
+    full = error.errno == errno.ENOSPC
+    hint = "make room there" if full else "look at the path and at who may use it"
     return f"{error.filename}: {error.strerror}; {hint}"
 
 
@@ -554,23 +521,25 @@ def nearest(name, names):
     return f"did you mean {close[0]}?" if close else "see --help"
 
 
-def check_output(path, suffixes, inputs=()):
+def check_output(path, suffixes, inputs):
     """ValueError unless the --output file `path` can be written; `inputs` are paths or None."""
     path = Path(path)
-    if len(os.fsencode(path.name)) > 200:  # the temporary's name is longer, and 255 is the limit
-        raise ValueError(f"--output {path}: must be a name of at most 200 bytes; shorten it")
-    if path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--output {path}: must be a {' or '.join(suffixes)} file in a folder "
-                         "that exists")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: its folder cannot be written to; choose another")
-    for other in filter(None, inputs):
-        if path.exists() and Path(other).exists() and path.samefile(other):
-            raise ValueError(f"--output {path}: is an input too; choose another name")
+    used = path.exists() and any(path.samefile(x) for x in inputs if x and Path(x).exists())
+    for wrong, message in (
+        # the temporary's name is longer, and 255 is the limit
+        (len(os.fsencode(path.name)) > 200, "must be a name of at most 200 bytes; shorten it"),
+        (path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir(),
+         f"must be a {' or '.join(suffixes)} file in a folder that exists"),
+        (not os.access(path.parent, os.W_OK), "its folder cannot be written to; choose another"),
+        (used, "is an input too; choose another name"),
+    ):
+        if wrong:
+            raise ValueError(f"--output {path}: {message}")
 
 
 def read_preset(path, name):
     """The preset `name` of the JSON file `path`, as a dict. Raises ValueError in one line."""
+    place = path.name
     try:
         if not path.exists():
             raise ValueError("no such file; presets are read from it")
@@ -583,14 +552,15 @@ def read_preset(path, name):
         preset_words(presets.get(name, {}))
     except OSError as error:
         raise ValueError(message_of(error)) from None
+    except RecursionError:
+        raise ValueError(f"{place}: nested too deep; a preset is flat") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: not UTF-8 at byte {error.start}; convert it") from None
+        raise ValueError(f"{place}: not UTF-8 at byte {error.start}; convert it") from None
     except json.JSONDecodeError as error:
-        place = f"{path.name}:{error.lineno}:{error.colno}"
+        place += f":{error.lineno}:{error.colno}"
         raise ValueError(f"{place}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep; a preset is flat" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path.name}: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
     if name not in presets:
         names = ", ".join(presets) or "none"
         raise ValueError(f"--config {shorten(name)} is no preset; there are {names}")
@@ -612,38 +582,35 @@ def no_constant(text):
 
 
 def preset_words(preset):
-    """Words of a command line for a preset. Raises ValueError for values that no flag can have.
-
-    {"epochs": 3, "model_args": {"widths": [24, 64]}} gives --epochs=3 --model_args widths=24,64.
-    """
+    """Words of a command line for a preset; ValueError for values that no flag can have. {"lr": 1,
+    "model_args": {"widths": [24, 64]}} gives --lr=1 --model_args widths=24,64."""
     words = []
     for key, value in preset.items():
         nested = isinstance(value, dict)
-        words += [f"--{key}"] if nested else []
+        words += [f"--{key}"] * nested
+        good = value != {} and re.fullmatch(r"[a-z]\w*", key)
         for name, inner in value.items() if nested else [(f"--{key}", value)]:
             if nested and name.startswith("-"):
                 raise ValueError(f"{key} {shorten(name)}: is no argument")
             items = inner if nested and isinstance(inner, list) else [inner]
             words.append(f"{name}={','.join(map(str, items))}")
-            if not items or not all(isinstance(item, str | int | float) for item in items):
-                value = None
-        if value in (None, {}) or not re.fullmatch(r"[a-z]\w*", key):
+            good = good and items and all(isinstance(x, str | int | float) for x in items)
+        if not good:
             raise ValueError(f"{shorten(key)} must be a flag, and its value a string, a number, "
                              "true, false, or an object of those and of lists of numbers")
     return words
 
 
-def keyword_arguments(words, function, flag, reserved=(
-        "num_classes", "in_channels", "values", "min_delta")):
-    """{name: value} of KEY=VALUE words, for the parameters of `function` that have defaults.
-
-    A value has the type of the default; a tuple is written as integers with commas. The caller
-    sets the `reserved` parameters itself. Raises ValueError that begins with `flag`.
-    """
+def keyword_arguments(words, function, flag):
+    """{name: value} of KEY=VALUE words for the parameters of `function` with defaults, and of their
+    types; a tuple is integers with commas. ValueError that begins with `flag`."""
+    reserved = ("num_classes", "in_channels", "values", "min_delta")  # the caller sets these
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters
                 if p.default is not p.empty and p.name not in reserved}
-    types, values = {bool: boolean, int: number(int), float: number(float)}, {}
+    types = {bool: boolean, int: number(int), float: number(float),
+             tuple: lambda text: tuple(map(int, text.split(",")))}
+    values = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or name in values:
@@ -653,12 +620,9 @@ def keyword_arguments(words, function, flag, reserved=(
                              f"{', '.join(defaults)}; {nearest(name, defaults)}")
         default = defaults[name]
         try:
-            if isinstance(default, tuple):
-                values[name] = tuple(map(int, text.split(",")))
-                if len(values[name]) != len(default):
-                    raise ValueError
-            else:
-                values[name] = types.get(type(default), str)(text)
+            values[name] = types.get(type(default), str)(text)
+            if isinstance(default, tuple) and len(values[name]) != len(default):
+                raise ValueError
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{flag} {name}: {error}") from None
         except ValueError:
@@ -677,27 +641,21 @@ def higher_is_better(monitor):
 
 
 def image_metrics(logits, labels):
-    """(right predictions [1], their number) for logits float [B, K] and labels int64 [B].
-
-    For labels that are shares float [B, K], a prediction counts with the share of its class.
-    """
+    """(right predictions [1], their number) for logits float [B, K] and labels int64 [B]. For
+    labels that are shares float [B, K], a prediction counts with the share of its class."""
     chosen = logits.argmax(1)
     right = chosen == labels if labels.ndim == 1 else labels.gather(1, chosen[:, None])[:, 0]
     return right.sum(0, keepdim=True), len(labels)
 
 
 def classification_report(p, labels, names):
-    """A dict of metrics of probabilities p float [N, K] for labels int [N], numpy arrays, N > 0.
-
-    `macro_…` are means over all K classes, `weighted_…` means by samples; a ratio of 0 samples is
-    0, as in scikit-learn. `mean_average_precision` is of one class against the others,
-    over the classes that occur. `entropy` is in nats. `per_class` is a list of a dict for each of
-    the K `names`, `confusion_matrix` has counts [true][predicted].
-    """
+    """A dict of metrics of probabilities p float [N, K] for labels int [N], numpy arrays, N > 0. A
+    ratio of 0 samples is 0, as in scikit-learn; `mean_average_precision` is over the classes that
+    occur, `entropy` in nats, `per_class` a list of a dict for each of the K `names`, and
+    `confusion_matrix` [true][predicted]."""
     count, classes = p.shape
     order = (-p).argsort(1, kind="stable")[:, :5]
-    matrix = np.bincount(labels * classes + order[:, 0], minlength=classes**2)
-    matrix = matrix.reshape(classes, classes)
+    matrix = np.bincount(labels * classes + order[:, 0], minlength=classes**2).reshape(classes, -1)
     right, support, chosen = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     scores = {"precision": ratio(right, chosen), "recall": ratio(right, support),
               "f1": ratio(2 * right, support + chosen)}
@@ -725,9 +683,7 @@ def ratio(a, b):
 
 def average_precision(scores, positive):
     """Mean precision over the positives at each threshold of `scores` [N]; 0 without positives.
-
-    Samples of equal score count together.
-    """
+    Samples of equal score count together."""
     order = (-scores).argsort(kind="stable")
     last_of_score = np.append(np.diff(scores[order]) != 0, True)
     hits = positive[order].cumsum()[last_of_score]
@@ -736,11 +692,9 @@ def average_precision(scores, positive):
 
 
 def calibration(p, labels, bins=15):
-    """(expected calibration error, confidence [bins], accuracy [bins], share of samples [bins]).
-
-    Bins have equal widths. The error is the mean distance of a bin's accuracy and mean confidence,
-    weighted by its share (Guo et al. 2017, arXiv:1706.04599).
-    """
+    """(expected calibration error, confidence [bins], accuracy [bins], share of samples [bins]) in
+    bins of equal width. The error is the mean |accuracy - confidence| by share
+    (arXiv:1706.04599)."""
     confidence, right = p.max(1).astype(float), p.argmax(1) == labels
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     share, sure, good = (np.bincount(index, weights, bins) / len(p)
@@ -754,21 +708,17 @@ SUDOKU_METRICS = tuple(score + level for level in SUDOKU_LEVELS for score in SUD
 
 
 def sudoku_metrics(logits, labels):
-    """(numerators float [20], denominators int64 [20]) of SUDOKU_METRICS over a batch.
-
-    The last of logits [S, B, 81, 9] counts. Labels are integers [B, 82]: the digit of each blank, 0
-    for a clue, and last the level, 0 easy to 2 hard. Means over boards: `solve_rate`, the share
-    with all blanks right, and `violations`, the digits missing in rows, columns and boxes. Means
-    over blanks: `cell_accuracy`, `confidence` (largest probability) and `entropy` (nats).
-    """
+    """(numerators float [20], denominators int64 [20]) of SUDOKU_METRICS over a batch. The last of
+    logits [S, B, 81, 9] counts. Labels are integers [B, 82]: the digit of each blank, 0 for a clue,
+    and last the level, 0 easy to 2 hard. `solve_rate` (all blanks right) and `violations` (digits
+    missing in rows, columns and boxes) are means over boards, the others over blanks."""
     answers, level = labels[:, :81].long(), labels[:, 81]
     log_p = logits[-1].float().log_softmax(-1)
     confidence, digit = log_p.max(-1)
     blank = answers > 0
     right = (digit + 1 == answers) & blank
     board = torch.nn.functional.one_hot(digit, 9).view(-1, 9, 9, 9)  # [B, row, column, digit]
-    boxes = board.view(-1, 3, 3, 3, 3, 9).sum((2, 4))
-    units = (board.sum(1), board.sum(2), boxes)
+    units = (board.sum(1), board.sum(2), board.view(-1, 3, 3, 3, 3, 9).sum((2, 4)))
     violations = sum((counts == 0).flatten(1).sum(1) for counts in units)
     blanks = blank.sum(1)
     cells = (right, confidence.exp() * blank, -(log_p.exp() * log_p).sum(-1) * blank)
@@ -786,19 +736,18 @@ def sudoku_metrics(logits, labels):
 def report_lines(result, unit):
     """Lines with more metrics of a checkpoint, its speed, and a table of up to 20 classes."""
     lines, rows = [], result.get("per_class", ())
-    floats = (float, np.floating)
-    text = {name: f"{x:.3f}" for name, x in result.items() if isinstance(x, floats)}
     if rows:
-        means = [f"{mean} precision {text[f'{mean}_precision']}, recall {text[f'{mean}_recall']}, "
-                 f"F1 {text[f'{mean}_f1']}" for mean in ("macro", "weighted")]
-        top5 = [f"top-5 {result['top5_accuracy']:.2%}"] if len(rows) > 5 else []
-        lines.append(" | ".join(top5 + means))
-        lines.append("mean average precision {mean_average_precision} | calibration error "
-                     "{calibration_error}, confidence {confidence}, entropy {entropy}"
-                     .format(**text))
+        lines = [
+            "top-5 {top5_accuracy:.2%} | " * (len(rows) > 5)
+            + "macro precision {macro_precision:.3f}, recall {macro_recall:.3f}, "
+            "F1 {macro_f1:.3f} | weighted precision {weighted_precision:.3f}, "
+            "recall {weighted_recall:.3f}, F1 {weighted_f1:.3f}",
+            "mean average precision {mean_average_precision:.3f} | calibration error "
+            "{calibration_error:.3f}, confidence {confidence:.3f}, entropy {entropy:.3f}",
+        ]
     lines.append("{latency_ms:.1f} ms for one (p95 {latency_p95_ms:.1f}), "
-                 "{samples_per_second:,.0f} {unit}/s in batches of {batch_size}"
-                 .format(unit=unit, **result))
+                 "{samples_per_second:,.0f} {unit}/s in batches of {batch_size}")
+    lines = [line.format(unit=unit, **result) for line in lines]
     if len(rows) > 20:
         lines.append(f"the 20 classes of {len(rows)} with the lowest F1; --output FILE.json holds "
                      "all")
@@ -806,71 +755,62 @@ def report_lines(result, unit):
     if rows:
         width = max(5, *(len(row["class"]) for row in rows))
         lines.append(f"{'class':{width}}  precision  recall     F1     AP  {unit}")
-    form = "{class:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {average_precision:5.3f}  "
-    return lines + [(form + "{samples:,}").format(width=width, **row) for row in rows]
-
-
-def same_data(results):
-    """Whether all results have the same samples and metrics, so that they can be compared."""
-    keys = {(row["data"], row["split"], row["samples"], *row) for row in results}
-    return len(keys) == 1
+    form = ("{class:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  "
+            "{average_precision:5.3f}  {samples:,}")
+    return lines + [form.format(width=width, **row) for row in rows]
 
 
 def side_by_side(results):
-    """Lines of a table: a row for each metric, a column for each checkpoint.
-
-    A star marks the best value of a row if all were scored on the same data.
-    """
+    """Lines of a table: a row for each metric, a column for each checkpoint. A star marks the best
+    value of a row if all were scored on the same data."""
     results = list(map(scalars, results))
     plain = ("checkpoint", "data", "split", "samples", "tta", "batch_size")
-    comparable, paths = same_data(results), [Path(result["checkpoint"]) for result in results]
+    comparable = len({(x["data"], x["split"], x["samples"], *x) for x in results}) == 1
+    paths = [Path(result["checkpoint"]) for result in results]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(Path(*path.parts[-2:])) for path in paths]
-    rows = [["", *names]]
-    for metric in dict.fromkeys(name for result in results for name in result if name not in plain):
-        values = [result.get(metric, math.nan) for result in results]
-        known = [value for value in values if not math.isnan(value)]
-        best = (max if higher_is_better(metric) else min)(known, default=None)
-        marked = comparable and not metric.startswith(("confidence", "entropy"))
-        cells = [f"{'*' if marked and value == best else ''}{value:.4f}" for value in values]
-        rows.append([metric, *("-" if cell == "nan" else cell for cell in cells)])
     form = "{:24}" + "".join(f"{{:>{max(14, len(name) + 1)}}}" for name in names)
-    notes = [] if comparable else ["they were scored on different data, so none is marked"]
-    if comparable:
-        main = "accuracy" if "accuracy" in results[0] else "solve_rate"
-        best = max(results, key=lambda result: result.get(main, 0))
-        notes = [f"highest {main}: {best['checkpoint']}"]
-    return [form.format(*row) for row in rows] + notes
+    lines = [form.format("", *names)]
+    for metric in dict.fromkeys(itertools.chain(*results)):
+        if metric not in plain:
+            values = [result.get(metric, math.nan) for result in results]
+            known = [value for value in values if not math.isnan(value)]
+            best = (max if higher_is_better(metric) else min)(known, default=None)
+            marked = comparable and not metric.startswith(("confidence", "entropy"))
+            cells = [("*" if marked and x == best else "") + f"{x:.4f}".replace("nan", "-")
+                     for x in values]
+            lines.append(form.format(metric, *cells))
+    if not comparable:
+        return [*lines, "they were scored on different data, so none is marked"]
+    main = "accuracy" if "accuracy" in results[0] else "solve_rate"
+    best = max(results, key=lambda result: result.get(main, 0))
+    return [*lines, f"highest {main}: {best['checkpoint']}"]
 
 
 def draw_report(output, result, predictions):
-    """Draw pictures of a checkpoint's `result` beside the file `output`; their paths.
-
-    `predictions` is None or (probabilities [N, K], labels [N], images uint8 [N, H, W, C],
-    metadata); it gives the confusion matrix, the reliability diagram and the most confident
-    mistakes.
-    """
-    beside, made = lambda kind: output.with_name(f"{output.stem}-{kind}.png"), {}
-    if predictions is not None:
-        p, labels, images, meta = predictions
-        names = [short(name) for name in meta["classes"]]
-        title = f"{result['checkpoint']} on {result['split']}"
-        title += ", with --tta" if result["tta"] else ""
-        matrix = result["confusion_matrix"]
-        made["confusion"] = save_confusion(beside("confusion"), matrix, names, title)
-        made["reliability"] = save_reliability(beside("reliability"), p, labels, title)
-        chosen, confidence = p.argmax(1), p.max(1)
-        wrong = np.flatnonzero(chosen != labels)
-        first = wrong[np.argsort(-confidence[wrong], kind="stable")[:24]]
-        title += f"\nthe most confident of {len(wrong):,} mistakes in {len(p):,}"
-        titles = [f"{names[labels[i]]}, taken for\n{names[chosen[i]]} {confidence[i]:.0%}"
-                  for i in first]
-        start = (images.shape[1] - meta["image_size"]) // 2
-        centre = slice(start, start + meta["image_size"])
-        images = np.array(images[first])[:, centre, centre]
-        made["mistakes"] = save_contact_sheet(beside("mistakes"), images, titles, title)
-    return [beside(kind) for kind, done in made.items() if done]
+    """Draw pictures of a checkpoint's `result` beside the file `output`; their paths. `predictions`
+    is None or (probabilities [N, K], labels [N], images uint8 [N, H, W, C], metadata)."""
+    if predictions is None:
+        return []
+    p, labels, images, meta = predictions
+    names = list(map(short, meta["classes"]))
+    title = f"{result['checkpoint']} on {result['split']}{', with --tta' * result['tta']}"
+    chosen, confidence = p.argmax(1), p.max(1)
+    wrong = np.flatnonzero(chosen != labels)
+    first = wrong[np.argsort(-confidence[wrong], kind="stable")[:24]]
+    heading = f"{title}\nthe most confident of {len(wrong):,} mistakes in {len(p):,}"
+    titles = [f"{names[labels[i]]}, taken for\n{names[chosen[i]]} {confidence[i]:.0%}"
+              for i in first]
+    start = (images.shape[1] - meta["image_size"]) // 2
+    centre = slice(start, start + meta["image_size"])
+    made = {
+        "confusion": (save_confusion, result["confusion_matrix"], names, title),
+        "reliability": (save_reliability, p, labels, title),
+        "mistakes": (save_contact_sheet, images[first][:, centre, centre], titles, heading),
+    }
+    paths = {output.with_name(f"{output.stem}-{kind}.png"): call for kind, call in made.items()}
+    return [path for path, (draw, *arguments) in paths.items() if draw(path, *arguments)]
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -881,7 +821,7 @@ def drawn(draw):
     """Decorator: a function (path, …) that writes the PNG of draw(figure, …)."""
 
     @functools.wraps(draw)
-    def write(path, *arguments, **options):
+    def write(path, *arguments):
         try:
             from matplotlib import rc_context
             from matplotlib.figure import Figure
@@ -892,7 +832,7 @@ def drawn(draw):
         with rc_context({"text.parse_math": False}), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             figure = Figure(layout="constrained")
-            draw(figure, *arguments, **options)
+            draw(figure, *arguments)
             figure.savefig(png, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
         write_atomic(path, png.getvalue())
         return True
@@ -900,10 +840,9 @@ def drawn(draw):
     return write
 
 
-def short(name, most=20):
-    """`name` without its middle if it is longer than `most`; long names often differ at the end."""
-    half = most // 2 - 1
-    return name if len(name) <= most else f"{name[:half]}..{name[-half:]}"
+def short(name):
+    """`name`, at most 20 characters, without its middle: long names often differ at the end."""
+    return name if len(name) <= 20 else f"{name[:9]}..{name[-9:]}"
 
 
 @drawn
@@ -942,7 +881,7 @@ def save_history(figure, rows, metric):
 @drawn
 def save_confusion(figure, matrix, classes, heading):
     """Counts [true][predicted], each row coloured by its shares; names and numbers if they fit."""
-    matrix, count = np.asarray(matrix), len(classes)
+    count = len(classes)
     side = min(20.0, 3.2 + 0.42 * count)
     figure.set_size_inches(side + 0.8, side)
     axes = figure.subplots()
@@ -961,13 +900,13 @@ def save_confusion(figure, matrix, classes, heading):
 
 
 @drawn
-def save_reliability(figure, p, labels, heading, bins=15):
+def save_reliability(figure, p, labels, heading):
     """Accuracy over confidence in equal bins, above the share of samples (p [N, K], labels [N])."""
     figure.set_size_inches(5, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    error, confidence, accuracy, share = calibration(p, labels, bins)
-    middle = (np.arange(bins) + 0.5) / bins
-    bars = {"width": 1 / bins, "edgecolor": "white"}
+    error, confidence, accuracy, share = calibration(p, labels)
+    middle = (np.arange(len(share)) + 0.5) / len(share)
+    bars = {"width": 1 / len(share), "edgecolor": "white"}
     top.bar(middle, accuracy, color="C0", label="accuracy", **bars)
     top.plot([0, 1], [0, 1], color="black", linestyle="--", label="perfectly calibrated")
     full = share > 0
@@ -1000,7 +939,7 @@ def save_contact_sheet(figure, images, titles, heading):
 
 def picture_grid(inputs, mean, std):
     """uint8 [H, W, 3]: up to 16 normalised inputs float [B, C, h, w] in rows of four."""
-    mean, std = (torch.tensor(values, device=inputs.device)[:, None, None] for values in (mean, std))
+    mean, std = (torch.tensor(x, device=inputs.device)[:, None, None] for x in (mean, std))
     x = ((inputs * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
     x = displayable(x)[:16]
     x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])])
@@ -1025,12 +964,8 @@ def prediction_line(row):
 
 
 def exported(model, batches, suffix, facts):
-    """The bytes of a `.pt2` or `.onnx` file that computes model(batch), its first dimension dynamic.
-
-    The program is made from the first of `batches`, read back and compared with the model on all.
-    `facts`, a JSON object, is stored as `facts.json` or as ONNX metadata. ValueError if the exporter
-    cannot follow the model or its program differs.
-    """
+    """The bytes of a `.pt2` or `.onnx` program of `model` for any batch size, with `facts` (a JSON
+    object), compared with the model on `batches`. ValueError if it cannot be made or differs."""
     buffer, shapes = io.BytesIO(), ({0: torch.export.Dim("batch", min=1)},)
     try:
         with warnings.catch_warnings():
@@ -1040,7 +975,6 @@ def exported(model, batches, suffix, facts):
                 torch.export.save(program, buffer, extra_files={"facts.json": json.dumps(facts)})
                 run = torch.export.load(io.BytesIO(buffer.getvalue())).module()
             else:
-                import onnx
                 import onnx.reference
 
                 proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
@@ -1053,10 +987,9 @@ def exported(model, batches, suffix, facts):
     except (RuntimeError, ImportError, torch.onnx.errors.OnnxExporterError) as error:
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"--export: the exporter failed ({reason})") from None
-    for batch in batches:
-        with torch.no_grad():
-            if not torch.allclose(run(batch), model(batch), atol=1e-4):
-                raise ValueError("--export: the program differs from the model; nothing was written")
+    with torch.no_grad():
+        if not all(torch.allclose(run(batch), model(batch), atol=1e-4) for batch in batches):
+            raise ValueError("--export: the program differs from the model; nothing was written")
     return buffer.getvalue()
 
 
@@ -1064,30 +997,27 @@ def exported(model, batches, suffix, facts):
 
 
 def set_up_device(name="auto", amp="auto", channels_last=True, deterministic=True, memory_gb=None):
-    """(device, dtype of autocast, memory format, notes for the log). Mutates the process.
-
-    On CUDA: TF32, deterministic or benchmarked cuDNN, and a cap on memory, since Windows would
-    silently spill into the system's. On a CPU see `keep_freed_memory`. MPS gets no channels_last,
-    whose backward pass is wrong there (pytorch #175189, #175190).
-    """
+    """(device, dtype of autocast, memory format, notes for the log). Mutates the process. MPS gets
+    no channels_last, whose backward pass is wrong there (pytorch #175189, #175190)."""
     device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # first: pick_precision asks the current GPU
     dtype, reason = pick_precision(amp, device)
     last = channels_last and device.type != "mps"
-    memory_format = torch.channels_last if last else torch.contiguous_format
     notes = [f"{str(dtype).removeprefix('torch.')} ({reason})", *["channels_last"] * last]
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.deterministic = deterministic
         torch.backends.cudnn.benchmark = not deterministic
         cap = memory_cap(device, memory_gb)
         total = torch.cuda.get_device_properties(device).total_memory
+        # Windows would silently spill into the system's memory
         torch.cuda.set_per_process_memory_fraction(cap / total, device)
         cudnn = "deterministic" if deterministic else "benchmarked"
         notes += ["TF32", f"cuDNN {cudnn}", f"at most {cap / 2**30:.1f} GB"]
     elif device.type == "cpu" and keep_freed_memory():
         notes.append("freed memory kept")
-    return device, dtype, memory_format, notes
+    return device, dtype, torch.channels_last if last else torch.contiguous_format, notes
 
 
 def pick_device(name="auto"):
@@ -1113,11 +1043,7 @@ def cpu_has_amx():
 
 
 def pick_precision(amp, device):
-    """(dtype of autocast, reason); float32 means off. `amp` is auto, True, False, fp16 or bf16.
-
-    auto and True: bf16 on CUDA, fp16 if the GPU has none, but float32 on the GTX 16 series, whose
-    fp16 gives NaN; bf16 on a CPU with AMX; else float32.
-    """
+    """(dtype of autocast, reason); float32 means off. `amp` is auto, True, False, fp16 or bf16."""
     if amp in ("False", "bf16"):
         return torch.bfloat16 if amp == "bf16" else torch.float32, "asked for"
     if amp == "fp16":
@@ -1136,19 +1062,15 @@ def pick_precision(amp, device):
 
 def memory_cap(device, memory_gb=None):
     """Bytes that this process may take on `device`: memory_gb, or 95% of a GPU; else no limit."""
-    cap = memory_gb * 2**30 if memory_gb else math.inf
-    if device.type != "cuda":
-        return cap
-    total = torch.cuda.get_device_properties(device).total_memory
-    return min(total, cap) if memory_gb else 0.95 * total
+    cuda = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
+    return min(total, memory_gb * 2**30) if memory_gb else 0.95 * total
 
 
 def keep_freed_memory(keep=True):
-    """Mutates the process: glibc keeps freed blocks and does not return large ones to the system.
-
-    Training on a CPU is 5 to 30% faster, and keeps its peak of memory. False without glibc. `keep`
-    False sets what glibc adapts to in a long-running program.
-    """
+    """Mutates the process: glibc keeps freed blocks, so that training on a CPU is 5 to 30% faster
+    and holds its peak of memory. False without glibc. `keep` False sets what glibc adapts to by
+    itself."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
@@ -1162,6 +1084,8 @@ def free_bytes(device):
     """Free memory in bytes on the GPU, else of the machine (4 GiB if it cannot be read)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
         text = Path("/proc/meminfo").read_text()
         return int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) * 1024
@@ -1181,12 +1105,8 @@ def world():
 
 @contextlib.contextmanager
 def processes(device, seconds):
-    """Join the processes that torchrun started, if any, and leave them after the block.
-
-    With `device` cuda each takes the GPU of its local rank and NCCL, else the CPU and Gloo. Waiting
-    longer than `seconds` for another one is an error. Raises ValueError if torchrun's variables are
-    incomplete or the device is unsuitable.
-    """
+    """Join the processes that torchrun started, if any, and leave them after the block. On cuda
+    each takes the GPU of its local rank. Waiting for over `seconds` for another one is an error."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
@@ -1217,7 +1137,7 @@ def processes(device, seconds):
 
 
 @contextlib.contextmanager
-def first_process_first(first=True):
+def first_process_first(first):
     """Processes with `first` True run the block before the others, who wait for up to a day."""
     if world()[1] == 1:
         yield
@@ -1263,10 +1183,8 @@ def lost_process(error):
 
 
 def copy_definitions(names, folder):
-    """The text of one Python file: the top-level definitions `names` of the kit in `folder`.
-
-    It holds what they need, imports included, and nothing else. ValueError for an unknown name.
-    """
+    """The text of a Python file: the top-level definitions `names` of the kit in `folder`, all that
+    they need, imports included, and nothing else. ValueError for an unknown name."""
     kit, places = read_kit(folder), {}
     for name in names:
         if name not in kit or kit[name][0][0][0] < 0:  # unknown, or an import
@@ -1285,34 +1203,30 @@ def copy_definitions(names, folder):
 
 
 def read_kit(folder):
-    """{name: [(place, text, names used)]} of the statements that define or import a name.
-
-    Sorted by place, imports come first, then the leaves, then train.py. References to other files,
-    such as `utils.world`, become plain names.
-    """
+    """{name: [(place, text, names used)]} of the statements that define or import a name. Sorted by
+    place, imports come first, then the leaves, then train.py, without its `utils.` and the like."""
     kit = {}
     for rank, file in enumerate(("model", "data", "utils", "train")):
-        lines = (Path(folder) / f"{file}.py").read_text("utf-8").split("\n")
-        for node in ast.parse("\n".join(lines)).body:
+        source = (Path(folder) / f"{file}.py").read_text("utf-8")
+        if file == "train":  # the only file that refers to the others
+            source = re.sub(r"(?<![\w.])(models|data|utils)\.(?=[a-zA-Z_])", "", source)
+        lines = source.split("\n")
+        for node in ast.parse(source).body:
             for alias in getattr(node, "names", ()):  # of an import
-                text = ast.unparse(type(node)(**{**vars(node), "names": [alias]}))
-                place = -1, text.startswith("from"), text
-                kit.setdefault(alias.asname or alias.name.split(".")[0], [(place, text, set())])
-            first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))]) - 1
+                node.names = [alias]
+                text, name = ast.unparse(node), alias.asname or alias.name.split(".")[0]
+                kit.setdefault(name, [((-1, text.startswith("from"), text), text, set())])
+            first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ()))) - 1
             while lines[first - 1].startswith("#"):  # comments belong to what follows them
                 first -= 1
-            text, walked = "\n".join(lines[first : node.end_lineno]), list(ast.walk(node))
+            walked = list(ast.walk(node))
+            names = [x for x in walked if isinstance(x, ast.Name)]
             local = {x.arg for x in walked if isinstance(x, ast.arg)}
-            local |= {x.id for x in walked if isinstance(getattr(x, "ctx", None), ast.Store)
-                      and isinstance(x, ast.Name)}
-            uses = {x.id for x in walked if isinstance(x, ast.Name)} - local
-            if file == "train":  # the only file that refers to the others
-                uses |= {x.attr for x in walked if isinstance(x, ast.Attribute)
-                         and getattr(x.value, "id", None) in ("models", "data", "utils")}
-                uses -= {"models", "data", "utils"}
-                text = re.sub(r"(?<![\w.])(models|data|utils)\.(?=[a-zA-Z_])", "", text)
-            targets = [getattr(x, "value", x) for x in getattr(node, "targets", ())]  # T of T[i] = 1
+            local |= {x.id for x in names if isinstance(x.ctx, ast.Store)}
+            uses = {x.id for x in names} - local
+            targets = [getattr(x, "value", x) for x in getattr(node, "targets", ())]  # of T[i] = 1
             defined = {x.id for y in targets for x in ast.walk(y) if isinstance(x, ast.Name)}
+            text = "\n".join(lines[first : node.end_lineno])
             for name in defined | {getattr(node, "name", None)} - {None}:
                 kit.setdefault(name, []).append(((rank, first), text, uses - {name}))
     return kit
