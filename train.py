@@ -232,6 +232,13 @@ def parse_preset(parser, name):
     return flags
 
 
+def raise_first(conditions):
+    """ValueError with the message of the first of (condition, message) that holds."""
+    for wrong, message in conditions:
+        if wrong:
+            raise ValueError(message)
+
+
 def check_flags(args, given):
     """Mutates `args`: types the KEY=VALUE arguments. ValueError for flags that do not go together.
 
@@ -254,7 +261,7 @@ def check_flags(args, given):
     swa, frozen, epochs, warmup_epochs = (
         args.swa_start_epoch, args.freeze_epochs, args.epochs, args.warmup_epochs)
     automatic = args.effective_batch or args.batch_size == "auto"
-    for wrong, message in (
+    raise_first((
         (version < [2, 10], f"torch {torch.__version__}: is too old; install 2.10 or later"),
         (not there.is_dir(), f"--cache_dir {cache}: {there} is no folder; give a folder"),
         (mode in READ_BY and several, f"--{mode}: is for one process; start it without torchrun"),
@@ -271,14 +278,18 @@ def check_flags(args, given):
          f"--warmup_epochs {warmup_epochs:g}: must be below --epochs {epochs}"),
         (restarts and not mode and not (args.run_name and args.resume == ""),
          "--resume: torchrun --max_restarts needs --resume --run_name NAME to find the run again"),
-    ):
-        if wrong:
-            raise ValueError(message)
+    ))
     if args.output:
         utils.check_output(args.output, OUTPUTS[mode], [*(args.input or ()), args.data])
     utils.trackers_available(args.tensorboard, args.wandb)
     if mode in READ_BY or args.resume or (args.resume == "" and not args.run_name):
         return  # the checkpoint holds the rest
+    rises = args.scheduler == "onecycle"  # and falls by itself
+    raise_first((
+        (args.max_lr and not rises, "--max_lr: is for --scheduler onecycle; give --lr"),
+        (args.max_lr and args.lr == "auto", "--max_lr: is what --lr auto finds; leave one of them out"),
+        (rises and args.warmup_epochs, "--warmup_epochs: onecycle warms up itself; leave it out"),
+    ))
     for key in given.keys() & IMAGE_FLAGS if args.model == "sudoku_gnn" else ():
         raise ValueError(f"--{key}: is for pictures, not for --model {args.model}; leave it out")
     functions = {"model_args": models.MODELS[args.model], "scheduler_args": SCHEDULES[args.scheduler]}
@@ -726,6 +737,7 @@ class Run:
     flags: dict = field(default_factory=dict)  # as they were asked for and as they were settled
     folder: Path = RUNS
     log: Callable = print
+    saved_step: int = 0  # of last.pt
     stop: list = field(default_factory=list)  # the signals received
     trackers: list = field(default_factory=list)
 
@@ -908,9 +920,9 @@ def close_epoch(state, run, row):
     if utils.world()[0] == 0:
         utils.write_csv(run.folder / "metrics.csv", state.history)
     save(state, run)
+    samples = {"samples": samples_of(state, run)} if run.trackers else {}
     for track in run.trackers:
-        values = {name: value for name, value in row.items() if name != "step"}
-        track(state.step, {**values, "samples": samples_of(state, run)})
+        track(state.step, {k: v for k, v in row.items() if k != "step"} | samples)
     best = since_best == 0
     run.log(utils.epoch_line(row, task.formats, task.monitor, task.unit, args.epochs, best))
     if impatient and state.epoch < args.epochs:
@@ -924,6 +936,7 @@ def save(state, run, name="last.pt", content=None):
         try:
             content = {**content, "step": state.step, "meta": run.meta}
             utils.save_checkpoint(run.folder / name, content)
+            run.saved_step = state.step if name == "last.pt" else run.saved_step
         except ValueError as error:
             raise FloatingPointError(f"{error}; try a new run with a lower --lr") from None
 
@@ -1179,7 +1192,7 @@ def settle(args, source):
     names = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
     stride = args.model_args.get("stem_stride", 1)
     smallest = {"efficientnet_b0": 32, "custom": max(24, 9 * stride)}.get(args.model, 0)
-    for wrong, message in (
+    raise_first((
         (args.image_size < smallest,
          f"--image_size {args.image_size}: {args.model} needs {smallest} px or more"),
         (batch == 1 and args.model == "efficientnet_b0" and args.image_size <= 32,
@@ -1194,9 +1207,7 @@ def settle(args, source):
         (blind, "--early_stopping: needs validation data; give --val_fraction above 0"),
         (args.monitor not in names, f"--monitor {utils.shorten(args.monitor)}: is not measured; "
          f"give one of {', '.join(name for name in names if not name.endswith(data.LEVELS))}"),
-    ):
-        if wrong:
-            raise ValueError(message)
+    ))
 
 
 def starting_weights(args, saved):
@@ -1325,6 +1336,7 @@ def open_run(args, given, held):
                 raise ValueError(f"--resume: the data changed, its {key} was "
                                  f"{utils.shorten(saved['meta'][key])}; start a new run")
         state.load(saved)
+        run.saved_step = state.step
         run.flags["asked"] = saved["flags"]["asked"]
     asked = ", ".join(f"{key} {value}" for key, value in run.flags["asked"].items())
     lines += [f"flags      {asked or 'the defaults'} | {args.scheduler}, seed {args.seed}",
@@ -1412,13 +1424,13 @@ def load_model(path, args):
         outputs_of, model, prepare=task.prepare, dtype=dtype, views=views)
 
 
-def run_evaluate(args, given):
+def run_evaluate(args):
     """Scores each checkpoint of --evaluate, prints them, writes --output and pictures; 0."""
     results, best, pictures = [], None, None
     for path in args.evaluate:  # a bad one among several is named before any is scored
         utils.load_checkpoint(path)
     for path in args.evaluate:
-        result, task, drawn = score(path, args, given)
+        result, task, drawn = score(path, args)
         head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
         print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result, task.formats)}")
         if len(args.evaluate) == 1:
@@ -1435,14 +1447,14 @@ def run_evaluate(args, given):
     return 0
 
 
-def score(path, args, given):
+def score(path, args):
     """(result, its `Task`, what pictures need or None) of a checkpoint on its test or val split."""
     model, meta, task, apply = load_model(path, args)
     puzzles, size = meta["model"] == "sudoku_gnn", 2 * args.batch_size
     # with another seed or fraction, samples that it was trained on would be scored
     flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
-    flags["data"] = given.get("data", flags["data"])
-    whole = puzzles and "data" in given and not os.path.isdir(os.path.expanduser(args.data))
+    flags["data"] = args.data or flags["data"]
+    whole = puzzles and args.data and not os.path.isdir(os.path.expanduser(args.data))
     if whole:  # a file of puzzles has no splits
         flags |= {"val_fraction": 0.0, "max_samples": 0}
     source = load_source(argparse.Namespace(**flags))
@@ -1483,7 +1495,7 @@ def score(path, args, given):
     }, task, drawn
 
 
-def run_predict(args, given):
+def run_predict(args):
     """Applies the checkpoint of --predict to --input; the exit status."""
     model, meta, _, apply = load_model(args.predict, args)
     puzzles, suffix = meta["model"] == "sudoku_gnn", Path(args.output or "").suffix
@@ -1546,7 +1558,7 @@ def predict_puzzles(apply, meta, device, args):
     return 0
 
 
-def run_export(args, given):
+def run_export(args):
     """Writes the checkpoint of --export as a program from raw bytes to probabilities; 0."""
     output = Path(args.output)
     if output.suffix == ".onnx" and (absent := utils.missing("onnx", "onnxscript")):
@@ -1568,7 +1580,7 @@ def run_export(args, given):
     return 0
 
 
-def run_copy(args, given):
+def run_copy(args):
     """Writes the functions of --copy, with all they need, to --output; 0."""
     text = utils.copy_definitions(args.copy, Path(__file__).parent)
     utils.write_atomic(args.output, text.encode())
@@ -1589,7 +1601,7 @@ def main(argv=None):
             check_flags(args, given)
             for mode, call in calls.items():
                 if getattr(args, mode):
-                    return call(args, given)
+                    return call(args)
             held.enter_context(utils.processes(args.device, args.timeout))
             state, begun = open_run(args, given, held)
             if args.find_lr:
@@ -1630,8 +1642,7 @@ def explain(error, run, args):
     if run is None or rank != "0":
         print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     else:
-        step = utils.load_newest(run.folder, set_aside=False)["step"]
-        run.log(f"error: {line}; the last good checkpoint is of step {step}; go on with: "
+        run.log(f"error: {line}; the last good checkpoint is of step {run.saved_step}; go on with: "
                 f"python train.py --resume {run.folder.name}")
     return 1
 

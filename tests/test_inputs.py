@@ -180,6 +180,9 @@ extra                                          | 'extra' is no flag
 --swa_start_epoch 2 --freeze_epochs 2          | --swa_start_epoch 2: above --freeze_epochs 2
 --freeze_epochs 1 --lr auto                    | --freeze_epochs: whole network
 --warmup_epochs 3 --epochs 3 --scheduler cosine | --warmup_epochs 3: must be below --epochs 3
+--warmup_epochs 1                              | --warmup_epochs: onecycle warms up
+--max_lr 0.1 --scheduler cosine                | --max_lr: is for --scheduler onecycle
+--max_lr 0.1 --lr auto                         | --max_lr: --lr auto leave one of them out
 --swa_lr 0.1                                   | --swa_lr: needs --swa_start_epoch
 --image_size 2048                              | --image_size 2048: 4,000 images take bytes
 
