@@ -148,8 +148,8 @@ def build_parser():
             ("early_stopping", count, 0, "patience in validations; 0: off"),
             ("min_delta", at_least_0, 0.0, "smallest change that is an improvement"),
             ("monitor", str, None, "metric for best.pt and patience, such as val_loss"),
-            ("tensorboard", switch, False, "scalars and samples for TensorBoard"),
-            ("wandb", switch, False, "scalars and samples for Weights & Biases"),
+            ("tensorboard", switch, False, "scalars for TensorBoard"),
+            ("wandb", switch, False, "scalars for Weights & Biases"),
             ("quiet", switch, False, "no progress bars"),
             ("config", str, None, "preset of configs.json; flags override it"),
         ),
@@ -198,9 +198,7 @@ def parse_flags(argv):
         if preset.get("batch_size", "auto") != "auto":
             preset["effective_batch"] = steps * preset["batch_size"]
     for key in {"model_args", "scheduler_args"} & flags.keys():
-        names = [word.partition("=")[0] for word in flags[key]]
-        kept = [word for word in preset.get(key, []) if word.partition("=")[0] not in names]
-        flags[key] = kept + flags[key]
+        flags[key] = preset.get(key, []) + flags[key]  # the last value of a KEY counts
     given = {**preset, **flags}
     return argparse.Namespace(**{**defaults, **given}), given
 
@@ -253,8 +251,6 @@ def check_flags(args, given):
     for key, others in NEEDS.items():
         if getattr(args, key) and not any(getattr(args, other) for other in others):
             raise ValueError(f"--{key}: needs --{' or --'.join(others)}; add it")
-    cache = Path(args.cache_dir)
-    there = next((place for place in (cache, *cache.parents) if place.exists()), Path())
     several = os.environ.get("LOCAL_RANK") and os.environ.get("WORLD_SIZE", "1") != "1"
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     version = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
@@ -263,7 +259,6 @@ def check_flags(args, given):
     automatic = args.effective_batch or args.batch_size == "auto"
     raise_first((
         (version < [2, 10], f"torch {torch.__version__}: is too old; install 2.10 or later"),
-        (not there.is_dir(), f"--cache_dir {cache}: {there} is no folder; give a folder"),
         (mode in READ_BY and several, f"--{mode}: is for one process; start it without torchrun"),
         (args.compile != "off" and args.checkpoint_activations,
          "--checkpoint_activations: does not go with --compile; leave one of them out"),
@@ -920,9 +915,8 @@ def close_epoch(state, run, row):
     if utils.world()[0] == 0:
         utils.write_csv(run.folder / "metrics.csv", state.history)
     save(state, run)
-    samples = {"samples": samples_of(state, run)} if run.trackers else {}
     for track in run.trackers:
-        track(state.step, {k: v for k, v in row.items() if k != "step"} | samples)
+        track(state.step, {name: value for name, value in row.items() if name != "step"})
     best = since_best == 0
     run.log(utils.epoch_line(row, task.formats, task.monitor, task.unit, args.epochs, best))
     if impatient and state.epoch < args.epochs:
@@ -1112,16 +1106,6 @@ def load_source(args):
     if args.model == "sudoku_gnn":
         return data.load_sudoku(args.data, *common)
     return data.load(args.data, args.image_size, *common)
-
-
-def samples_of(state, run):
-    """For the trackers: augmented training images, uint8 [H, W, 3], or a board filled in, text."""
-    batch = next(iter(run.fetch["train"]([training_order(run, state.epoch - 1)[:16]])))
-    if run.args.model == "sudoku_gnn":
-        logits, _ = next(outputs_of(state.model, [batch], dtype=run.dtype))
-        return "\n".join(data.board_lines(logits[-1, 0].argmax(1) + 1, batch[0][0].tolist()))
-    inputs, _ = run.task.augment(*batch, state.epoch - 1)
-    return utils.picture_grid(inputs, run.meta["mean"], run.meta["std"])
 
 
 # ---------------------------------------------------------------------------- preparing a run

@@ -167,8 +167,8 @@ extra                                          | 'extra' is no flag
     --config 'nothing' is no preset; there are efficientnet_b0_4gb cpu
 --data nowhere                                 | --data nowhere: no such file or folder
 --data ~nobody-by-this-name/x                  | no such file or folder; give
---cache_dir file                               | --cache_dir file: no folder
---cache_dir file/in/it                         | --cache_dir file/in/it: file is no folder
+--cache_dir file --model sudoku_gnn            | file: look at the path
+--cache_dir file/in/it --model sudoku_gnn      | file in it: look at the path
 --pretrained= --model custom                   | --pretrained: is empty
 --predict=                                     | --predict: is empty
 --export= --output a.pt2                       | --export: is empty
