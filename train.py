@@ -218,10 +218,9 @@ def parse_preset(parser, name):
     """{flag: value} of a preset, checked as on the command line and by its JSON types."""
     path = Path(__file__).with_name("configs.json")
     try:
-        preset = utils.read_preset(path, name)
-        words = utils.preset_words(preset)
-    except ValueError as error:
-        parser.error(str(error))
+        preset, words = utils.read_preset(path, name)
+    except (ValueError, OSError) as error:
+        parser.error(utils.message_of(error))
     parser.where = f"{path.name}: {name}: "
     flags = parse_words(parser, words)
     for key, value in preset.items():
@@ -907,7 +906,7 @@ def close_epoch(state, run, row):
     impatient = 0 < args.early_stopping <= waited
     state.finished = impatient or state.epoch == args.epochs
     weights = {"ema": state.ema, "swa": state.swa.module.state_dict() if "swa_loss" in row else None}
-    if since_best == 0 and not utils.holds_better(run.folder / "best.pt", args.monitor, row):
+    if since_best == 0:
         weights["best"] = weights.get(kind) or state.model.state_dict()
     for name, tensors in weights.items():
         if tensors:
@@ -1418,7 +1417,7 @@ def run_evaluate(args):
         head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
         print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result, task.formats)}")
         if len(args.evaluate) == 1:
-            print("\n".join(f"  {line}" for line in utils.report_lines(result, task.unit)))
+            print("\n".join(f"  {line}" for line in utils.report_lines(result)))
         if best is None or result.get(task.monitor, 0) > best.get(task.monitor, 0):
             best, pictures = result, drawn  # only one checkpoint's images are kept
         results.append(result)

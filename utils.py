@@ -10,7 +10,6 @@ import csv
 import ctypes
 import difflib
 import errno
-import functools
 import importlib.util
 import inspect
 import io
@@ -29,6 +28,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from argparse import ArgumentTypeError
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def write_atomic(path, content, previous=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
+        if previous and path.exists():
             os.replace(path, path.with_name(previous))
         os.replace(temporary, path)
     except OSError as error:
@@ -91,9 +91,8 @@ def tensors(tree, name=""):
 
 
 def load_checkpoint(path, legacy=False):
-    """The checkpoint at `path`, on the CPU. ValueError if it is missing, damaged (torch.load
-    ignores the archive's checksums) or too new. `legacy` admits files of torch before 1.6, no
-    archives."""
+    """The checkpoint at `path`, on the CPU. ValueError if it is missing, damaged or too new.
+    `legacy` admits files of torch before 1.6, which have no checksums."""
     path = Path(path)
     if not path.is_file():
         instead = path / "best.pt" if (path / "best.pt").is_file() else "a .pt file of a run"
@@ -101,16 +100,16 @@ def load_checkpoint(path, legacy=False):
     try:
         if zipfile.is_zipfile(path) or not legacy:
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
+                if damaged := archive.testzip():  # torch.load ignores checksums
                     raise zipfile.BadZipFile(f"damaged at {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and primitives; give another") from None
+        raise ValueError(f"{path}: holds more than tensors and primitives; give another")
     except Exception as error:  # damaged files make zipfile and torch raise almost any type
         if isinstance(error, OSError | MemoryError) or re.search("memory|DataLoader", str(error)):
             raise  # the file is not at fault
         reason = one_line(error)
-        raise ValueError(f"{path}: not a whole checkpoint ({reason}); use another one") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({reason}); use another one")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
     version = checkpoint.get("format_version", 0)
@@ -120,9 +119,8 @@ def load_checkpoint(path, legacy=False):
 
 
 def load_newest(folder, needed=("step",), log=print, set_aside=True):
-    """The checkpoint with the highest step of `last.pt` and `previous.pt`; None if there are none.
-    One that is damaged or lacks a key of `needed` is renamed to `*.damaged` if `set_aside`, for
-    holders of the `lock` alone. ValueError if there are files and none can be used."""
+    """The checkpoint with the higher step of `last.pt` and `previous.pt`; None without files. One
+    that cannot be used is renamed to `*.damaged` if `set_aside`, for holders of the `lock`."""
     folder, usable = Path(folder), []
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
@@ -141,8 +139,8 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
             if re.search("this kit reads up to|another version of the kit", str(error)):
                 raise
             if set_aside:
-                names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
-                aside = next(name for name in names if not name.exists())
+                count = len(list(folder.glob(f"{path.stem}.damaged*")))
+                aside = path.with_suffix(f".damaged{count or ''}")
                 os.replace(path, aside)
                 log(f"warning: {error}; set aside as {aside.name}")
     if not usable and has_checkpoints(folder):
@@ -166,8 +164,8 @@ def one_line(error):
 
 
 def find_run(runs, name):
-    """The folder of the run to resume: `name` or runs/name; for "" the unfinished run whose
-    config.json was written last. ValueError if there is no such run."""
+    """The folder `name` or runs/name; for "" the unfinished run whose config.json was written last.
+    ValueError if there is no such run."""
     runs = Path(runs)
     if name:
         for folder in (Path(name), runs / name):
@@ -199,15 +197,6 @@ def check_unused(folder):
                          f"--resume {folder.name}")
 
 
-def holds_better(path, monitor, row):
-    """Whether the weights at `path` are better than `row`: from an epoch lost in a crash."""
-    try:
-        old, new = load_checkpoint(path)["metrics"][monitor], row[monitor]
-        return old > new if higher_is_better(monitor) else old < new
-    except (ValueError, KeyError, TypeError):  # no such file, or a damaged one
-        return False
-
-
 def check_room(folder, needed):
     """ValueError unless `needed` bytes can be written below `folder`, which need not exist yet."""
     path = Path(folder).absolute()
@@ -234,13 +223,13 @@ def lock(folder):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return file  # the file system has no locks
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         holder = file.read().strip()
         file.close()
-        raise ValueError(f"{folder}: in use by {holder}; wait, or choose another run") from None
+        raise ValueError(f"{folder}: in use by {holder}; wait, or choose another run")
+    except OSError:
+        return file  # the file system has no locks
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
@@ -250,36 +239,32 @@ def lock(folder):
 
 
 def environment():
-    """What a result depends on beside its flags: versions, machine, git commit ("" if unknown)."""
+    """What a result depends on besides its flags: versions, machine, git commit ("" if unknown)."""
     command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "platform": platform.platform(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-            "threads": torch.get_num_threads(), "git_commit": commit,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": world()[1]}
+            "numpy": np.__version__, "platform": platform.platform(), "gpu": gpu,
+            "git_commit": commit, "processes": world()[1]}
 
 
-def logger(path=None, past=()):
-    """A function log(line) for the terminal and the file at `path`, where `past` lines come first.
-    Only the first of several processes logs."""
+def logger(path=os.devnull, past=()):
+    """A function log(line) for the terminal and the file at `path`, which `past` lines begin."""
+    if world()[0]:  # only the first of several processes logs
+        return lambda line: None
 
-    def write(line):
-        if path is not None:
-            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    def write(text):
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
     def log(line):
         with contextlib.suppress(OSError):  # a closed terminal or a full disk does not end the run
             tqdm.write(line, file=sys.stdout)  # above any progress bar
             sys.stdout.flush()
-        write(line)
+        write(f"{line}\n")
 
-    if world()[0]:
-        return lambda line: None
-    for line in past:
-        write(line)
+    write("".join(f"{line}\n" for line in past))
     return log
 
 
@@ -299,22 +284,19 @@ def show(bar, text_of, *arguments):
 
 
 def write_results(path, results):
-    """Write dicts to `path`: to .csv only their scalars, to .json all, one result by itself."""
+    """Write dicts to `path`: to .csv without their lists, to .json all, one result by itself."""
     if str(path).endswith(".csv"):
-        write_csv(path, list(map(scalars, results)))
+        write_csv(path, results)
     else:
         write_json(path, results if len(results) > 1 else results[0])
 
 
-def scalars(result):
-    return {name: x for name, x in result.items() if not isinstance(x, list | np.ndarray)}
-
-
 def write_csv(path, rows):
-    """Write dicts to `path` as one CSV file, with a column for each key of any row."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    """Write dicts to `path` as one CSV file, with a column for each key that holds no list."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items()
+                          if not isinstance(value, list | np.ndarray))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue().encode(errors="backslashreplace"))  # file names may be bytes
@@ -347,16 +329,18 @@ def trackers(folder, config, tensorboard, wandb):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder))
-        code = lambda name, text, step: writer.add_text(  # as a code block, which keeps its columns
-            name, "    " + text.replace("\n", "\n    "), step)
-        add = {str: code, np.ndarray: functools.partial(writer.add_image, dataformats="HWC")}
 
-        def track(step, values):
+        def write(step, values):
             for name, value in values.items():
-                add.get(type(value), writer.add_scalar)(name, value, step)
+                if isinstance(value, str):  # as a code block, which keeps its columns
+                    writer.add_text(name, textwrap.indent(value, "    "), step)
+                elif isinstance(value, np.ndarray):
+                    writer.add_image(name, value, step, dataformats="HWC")
+                else:
+                    writer.add_scalar(name, value, step)
             writer.flush()
 
-        tracks.append(track)
+        tracks.append(write)
     if wandb:
         import wandb as client
 
@@ -365,11 +349,11 @@ def trackers(folder, config, tensorboard, wandb):
             run = client.init(dir=str(folder), name=name, id=name, resume="allow", config=config)
         except client.Error as error:
             reason = one_line(error)
-            raise OSError(f"--wandb: {reason}; log in, or set WANDB_MODE=offline") from None
+            raise OSError(f"--wandb: {reason}; log in, or set WANDB_MODE=offline")
         kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
-        plain = lambda value: kinds.get(type(value), lambda x: x)(value)
+        shown = lambda value: kinds.get(type(value), float)(value)
         tracks.append(lambda step, values: run.log(
-            {name: plain(value) for name, value in values.items()}, step=step))
+            {name: shown(value) for name, value in values.items()}, step=step))
     return tracks
 
 
@@ -386,8 +370,7 @@ def metrics_line(numbers, formats):
 
 
 def epoch_line(row, formats, monitor, unit, epochs, new_best):
-    """The log's line for an epoch's `row` of metrics.csv: the loss and `monitor` of each split, and
-    all `formats` and levels of the EMA, or without it of the validation."""
+    """The log's line for an epoch's `row` of metrics.csv, with more on the EMA or validation."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     detailed = "ema" if "ema_loss" in row else "val"
     details = [*formats, *(monitor + level for level in SUDOKU_LEVELS)]
@@ -396,9 +379,14 @@ def epoch_line(row, formats, monitor, unit, epochs, new_best):
         numbers = {name: row[f"{split}_{name}"] for name in names if f"{split}_{name}" in row}
         if numbers:
             parts.append(f"{split} {metrics_line(numbers, formats)}")
-    form = "{seconds:.1f} s | {samples_per_second:,.0f} {unit}/s | lr {lr:.2e}"
-    form += " | {bad_steps} bad steps" * bool(row["bad_steps"]) + " | new best" * new_best
-    return " | ".join([*parts, form.format(unit=unit, **row)])
+    parts.append(f"{row['seconds']:.1f} s")
+    parts.append(f"{row['samples_per_second']:,.0f} {unit}/s")
+    parts.append(f"lr {row['lr']:.2e}")
+    if row["bad_steps"]:
+        parts.append(f"{row['bad_steps']} bad steps")
+    if new_best:
+        parts.append("new best")
+    return " | ".join(parts)
 
 
 @contextlib.contextmanager
@@ -430,22 +418,24 @@ def catch_signals(gently=True):
 
 def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, word=None):
     """An argparse type: a finite int or float (`kind`) within bounds, or the string `word`."""
-    wanted = "an integer" if kind is int else "a number"
+    bounds = []
     if low > -math.inf:
-        wanted += f" {'above' if open_low else 'at least'} {low:g}"
+        bounds.append(f"{'above' if open_low else 'at least'} {low:g}")
     if high < math.inf:
-        wanted += f"{' and' * (low > -math.inf)} {'below' if open_high else 'at most'} {high:g}"
+        bounds.append(f"{'below' if open_high else 'at most'} {high:g}")
+    wanted = f"{'an integer' if kind is int else 'a number'} {' and '.join(bounds)}".strip()
+    if word:
+        wanted += f" or {word}"
 
     def parse(text):
         if text == word:
             return text
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            ends = [low] * (not open_low) + [high] * (not open_high)
-            if math.isfinite(value) and (low < value < high or value in ends):
+            outside = (open_low and value == low) or (open_high and value == high)
+            if low <= value <= high and math.isfinite(value) and not outside:
                 return value
-        choice = f" or {word}" if word else ""
-        raise argparse.ArgumentTypeError(f"must be {wanted}{choice}, got {shorten(text)}")
+        raise ArgumentTypeError(f"must be {wanted}, got {shorten(text)}")
 
     return parse
 
@@ -453,32 +443,27 @@ def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, 
 def boolean(text):
     """An argparse type: True or False, also in lower case."""
     if text not in ("True", "False", "true", "false"):
-        raise argparse.ArgumentTypeError(f"must be True or False, got {shorten(text)}")
+        raise ArgumentTypeError(f"must be True or False, got {shorten(text)}")
     return text.lower() == "true"
 
 
 def file_path(text):
     """An argparse type: the text itself if a file could have that name."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty: no such file or folder; give a path")
-    try:
-        longest = max(map(len, os.fsencode(text).split(b"/")))
-    except UnicodeEncodeError:  # half a surrogate pair
-        longest = math.inf
-    if "\0" in text or longest > 255 or len(text) > 4080:  # what file systems take
-        raise argparse.ArgumentTypeError(f"is a name that no file can have, got {shorten(text)}; "
-                                         "give another")
-    return text
+        raise ArgumentTypeError("is empty: no such file or folder; give a path")
+    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair
+        if b"\0" not in os.fsencode(text):
+            return text
+    raise ArgumentTypeError(f"is a name that no file can have, got {shorten(text)}; give another")
 
 
 def run_name(text):
     """An argparse type: a folder name that every file system takes and that cannot leave runs/."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) or re.search(r"\.\.|\.$", text):
-        raise argparse.ArgumentTypeError("must be 1 to 64 letters, digits, '.', '_' or '-', the "
-                                         f"first a letter or digit, got {shorten(text)}")
+        raise ArgumentTypeError("must be 1 to 64 letters, digits, '.', '_' or '-', the first a "
+                                f"letter or digit, got {shorten(text)}")
     if re.match(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", text.upper()):
-        raise argparse.ArgumentTypeError(f"is a reserved name on Windows, got {shorten(text)}; "
-                                         "choose another")
+        raise ArgumentTypeError(f"is a reserved name on Windows, got {text!r}; choose another")
     return text
 
 
@@ -538,33 +523,31 @@ def check_output(path, suffixes, inputs):
 
 
 def read_preset(path, name):
-    """The preset `name` of the JSON file `path`, as a dict. Raises ValueError in one line."""
+    """(the preset `name` of the JSON file `path`, its words for a command line)."""
     place = path.name
     try:
         if not path.exists():
             raise ValueError("no such file; presets are read from it")
-        if path.is_file() and path.stat().st_size > 2**20:
+        if path.stat().st_size > 2**20:
             raise ValueError(f"over {2**20:,} bytes; a preset is one short object")
         presets = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys,
                              parse_constant=no_constant)
         if not isinstance(presets, dict) or not all(type(x) is dict for x in presets.values()):
             raise ValueError('must be an object of objects, {"name": {"flag": value}}')
-        preset_words(presets.get(name, {}))
-    except OSError as error:
-        raise ValueError(message_of(error)) from None
+        if name not in presets:
+            names = ", ".join(presets) or "none"
+            raise ValueError(f"--config {shorten(name)} is no preset; there are {names}")
+        return presets[name], preset_words(presets[name])
     except RecursionError:
-        raise ValueError(f"{place}: nested too deep; a preset is flat") from None
+        reason = "nested too deep; a preset is flat"
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 at byte {error.start}; convert it") from None
+        reason = f"not UTF-8 at byte {error.start}; convert it"
     except json.JSONDecodeError as error:
         place += f":{error.lineno}:{error.colno}"
-        raise ValueError(f"{place}: not JSON: {error.msg}") from None
+        reason = f"not JSON: {error.msg}"
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    if name not in presets:
-        names = ", ".join(presets) or "none"
-        raise ValueError(f"--config {shorten(name)} is no preset; there are {names}")
-    return presets[name]
+        reason = str(error)
+    raise ValueError(f"{place}: {reason}")
 
 
 def unique_keys(pairs):
@@ -613,8 +596,8 @@ def keyword_arguments(words, function, flag):
     values = {}
     for word in words:
         name, equals, text = word.partition("=")
-        if not equals or name in values:
-            raise ValueError(f"{flag} {shorten(word)}: must be KEY=VALUE, each key once")
+        if not equals:
+            raise ValueError(f"{flag} {shorten(word)}: must be KEY=VALUE")
         if name not in defaults:
             raise ValueError(f"{flag} {shorten(name)}: is no argument; there are "
                              f"{', '.join(defaults)}; {nearest(name, defaults)}")
@@ -623,11 +606,11 @@ def keyword_arguments(words, function, flag):
             values[name] = types.get(type(default), str)(text)
             if isinstance(default, tuple) and len(values[name]) != len(default):
                 raise ValueError
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{flag} {name}: {error}") from None
+        except ArgumentTypeError as error:
+            raise ValueError(f"{flag} {name}: {error}")
         except ValueError:
             raise ValueError(f"{flag} {name}: must be {len(default)} integers with commas, got "
-                             f"{shorten(text)}") from None
+                             f"{shorten(text)}")
     return values
 
 
@@ -651,8 +634,7 @@ def image_metrics(logits, labels):
 def classification_report(p, labels, names):
     """A dict of metrics of probabilities p float [N, K] for labels int [N], numpy arrays, N > 0. A
     ratio of 0 samples is 0, as in scikit-learn; `mean_average_precision` is over the classes that
-    occur, `entropy` in nats, `per_class` a list of a dict for each of the K `names`, and
-    `confusion_matrix` [true][predicted]."""
+    occur, `entropy` in nats, `confusion_matrix` [true][predicted]."""
     count, classes = p.shape
     order = (-p).argsort(1, kind="stable")[:, :5]
     matrix = np.bincount(labels * classes + order[:, 0], minlength=classes**2).reshape(classes, -1)
@@ -693,8 +675,7 @@ def average_precision(scores, positive):
 
 def calibration(p, labels, bins=15):
     """(expected calibration error, confidence [bins], accuracy [bins], share of samples [bins]) in
-    bins of equal width. The error is the mean |accuracy - confidence| by share
-    (arXiv:1706.04599)."""
+    bins of equal width (arXiv:1706.04599)."""
     confidence, right = p.max(1).astype(float), p.argmax(1) == labels
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     share, sure, good = (np.bincount(index, weights, bins) / len(p)
@@ -733,59 +714,41 @@ def sudoku_metrics(logits, labels):
 # ----------------------------------------------------------------------------------- --evaluate
 
 
-def report_lines(result, unit):
-    """Lines with more metrics of a checkpoint, its speed, and a table of up to 20 classes."""
-    lines, rows = [], result.get("per_class", ())
+def report_lines(result):
+    """Lines with the metrics of one checkpoint and the (up to) 20 classes of lowest F1."""
+    lines = [f"{name:24} {result[name]:,.4f}" for name in measured(result)]
+    rows = [row for row in result.get("per_class", ()) if row["samples"]]
     if rows:
-        lines = [
-            "top-5 {top5_accuracy:.2%} | " * (len(rows) > 5)
-            + "macro precision {macro_precision:.3f}, recall {macro_recall:.3f}, "
-            "F1 {macro_f1:.3f} | weighted precision {weighted_precision:.3f}, "
-            "recall {weighted_recall:.3f}, F1 {weighted_f1:.3f}",
-            "mean average precision {mean_average_precision:.3f} | calibration error "
-            "{calibration_error:.3f}, confidence {confidence:.3f}, entropy {entropy:.3f}",
-        ]
-    lines.append("{latency_ms:.1f} ms for one (p95 {latency_p95_ms:.1f}), "
-                 "{samples_per_second:,.0f} {unit}/s in batches of {batch_size}")
-    lines = [line.format(unit=unit, **result) for line in lines]
-    if len(rows) > 20:
-        lines.append(f"the 20 classes of {len(rows)} with the lowest F1; --output FILE.json holds "
-                     "all")
-        rows = sorted((row for row in rows if row["samples"]), key=lambda row: row["f1"])[:20]
-    if rows:
-        width = max(5, *(len(row["class"]) for row in rows))
-        lines.append(f"{'class':{width}}  precision  recall     F1     AP  {unit}")
-    form = ("{class:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  "
-            "{average_precision:5.3f}  {samples:,}")
-    return lines + [form.format(width=width, **row) for row in rows]
+        lines.append("precision  recall     F1     AP  samples  class, the lowest F1 first"
+                     "; --output FILE.json holds all")
+    form = ("{precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {average_precision:5.3f}  {samples:7}  "
+            "{class}")
+    return lines + [form.format(**row) for row in sorted(rows, key=lambda row: row["f1"])[:20]]
 
 
 def side_by_side(results):
     """Lines of a table: a row for each metric, a column for each checkpoint. A star marks the best
     value of a row if all were scored on the same data."""
-    results = list(map(scalars, results))
-    plain = ("checkpoint", "data", "split", "samples", "tta", "batch_size")
-    comparable = len({(x["data"], x["split"], x["samples"], *x) for x in results}) == 1
-    paths = [Path(result["checkpoint"]) for result in results]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(Path(*path.parts[-2:])) for path in paths]
-    form = "{:24}" + "".join(f"{{:>{max(14, len(name) + 1)}}}" for name in names)
+    names = [result["checkpoint"] for result in results]
+    form = "{:24}" + f"{{:>{max(14, *map(len, names)) + 2}}}" * len(names)
     lines = [form.format("", *names)]
-    for metric in dict.fromkeys(itertools.chain(*results)):
-        if metric not in plain:
-            values = [result.get(metric, math.nan) for result in results]
-            known = [value for value in values if not math.isnan(value)]
-            best = (max if higher_is_better(metric) else min)(known, default=None)
-            marked = comparable and not metric.startswith(("confidence", "entropy"))
-            cells = [("*" if marked and x == best else "") + f"{x:.4f}".replace("nan", "-")
-                     for x in values]
-            lines.append(form.format(metric, *cells))
-    if not comparable:
+    same_data = len({(x["data"], x["split"], x["samples"]) for x in results}) == 1
+    for metric in dict.fromkeys(itertools.chain(*map(measured, results))):
+        values = [result.get(metric, math.nan) for result in results]
+        best = np.nanmax(values) if higher_is_better(metric) else np.nanmin(values)
+        marked = same_data and not metric.startswith(("confidence", "entropy"))
+        cells = [f"*{x:.4f}" if marked and x == best else f"{x:.4f}" for x in values]
+        lines.append(form.format(metric, *cells))
+    if not same_data:
         return [*lines, "they were scored on different data, so none is marked"]
     main = "accuracy" if "accuracy" in results[0] else "solve_rate"
     best = max(results, key=lambda result: result.get(main, 0))
     return [*lines, f"highest {main}: {best['checkpoint']}"]
+
+
+def measured(result):
+    """The names of the metrics in a result of --evaluate."""
+    return [name for name, value in result.items() if isinstance(value, float | np.floating)]
 
 
 def draw_report(output, result, predictions):
@@ -804,13 +767,12 @@ def draw_report(output, result, predictions):
               for i in first]
     start = (images.shape[1] - meta["image_size"]) // 2
     centre = slice(start, start + meta["image_size"])
-    made = {
-        "confusion": (save_confusion, result["confusion_matrix"], names, title),
-        "reliability": (save_reliability, p, labels, title),
-        "mistakes": (save_contact_sheet, images[first][:, centre, centre], titles, heading),
-    }
-    paths = {output.with_name(f"{output.stem}-{kind}.png"): call for kind, call in made.items()}
-    return [path for path, (draw, *arguments) in paths.items() if draw(path, *arguments)]
+    paths = [output.with_name(f"{output.stem}-{kind}.png")
+             for kind in ("confusion", "reliability", "mistakes")]
+    made = [save_confusion(paths[0], result["confusion_matrix"], names, title),
+            save_reliability(paths[1], p, labels, title),
+            save_contact_sheet(paths[2], images[first][:, centre, centre], titles, heading)]
+    return paths if all(made) else []
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -820,7 +782,6 @@ def draw_report(output, result, predictions):
 def drawn(draw):
     """Decorator: a function (path, …) that writes the PNG of draw(figure, …)."""
 
-    @functools.wraps(draw)
     def write(path, *arguments):
         try:
             from matplotlib import rc_context
@@ -854,8 +815,7 @@ def save_curve(figure, x, y, marks):
     for i, (name, value) in enumerate(marks.items()):
         axes.axvline(value, color=f"C{i}", linestyle="--", label=f"{name}: {value:.1e}")
     axes.set(xlabel="learning rate", ylabel="smoothed loss", title="Learning-rate range test")
-    low, high = min(y), min(max(y), 1.5 * y[0])  # a diverging end would flatten the rest
-    axes.set_ylim(low - 0.05 * (high - low), high + 1e-3)
+    axes.set_ylim(top=1.5 * y[0])  # a diverging end would flatten the rest
     axes.xaxis.set_major_formatter("{x:.0e}")
     axes.legend()
 
@@ -864,17 +824,13 @@ def save_curve(figure, x, y, marks):
 def save_history(figure, rows, metric):
     """Curves of the loss, `metric` and the learning rate over `rows` (a dict for each epoch)."""
     figure.set_size_inches(12, 3.6)
-    marker = "." if len(rows) < 40 else ""
     for axes, name in zip(figure.subplots(1, 3), ("loss", metric, "lr")):
-        for split in ("lr",) if name == "lr" else ("train", "val", "ema", "swa"):
-            key = name if name == "lr" else f"{split}_{name}"
+        for key in (name, *(f"{split}_{name}" for split in ("train", "val", "ema", "swa"))):
             points = [(row["epoch"], row[key]) for row in rows if key in row]
             if points:
-                axes.plot(*zip(*points), marker=marker, label=split)
+                axes.plot(*zip(*points), marker=".", label=key)
+        axes.set(xlabel="epoch", title=name)
         axes.legend()
-        title = "learning rate at its end" if name == "lr" else name.replace("_", " ")
-        axes.set(xlabel="epoch", title=title)
-        axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
@@ -889,9 +845,8 @@ def save_confusion(figure, matrix, classes, heading):
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the true class")
     if count <= 100:
-        ticks = {"ticks": range(count), "labels": classes, "fontsize": 10 if count <= 40 else 7}
-        axes.set_xticks(**ticks, rotation=90)
-        axes.set_yticks(**ticks)
+        axes.set_xticks(range(count), classes, fontsize=7, rotation=90)
+        axes.set_yticks(range(count), classes, fontsize=7)
     for i, j in zip(*matrix.nonzero()) if count <= 25 else ():
         color = "white" if shares[i, j] > 0.5 else "black"
         axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=color, fontsize=7)
@@ -901,22 +856,15 @@ def save_confusion(figure, matrix, classes, heading):
 
 @drawn
 def save_reliability(figure, p, labels, heading):
-    """Accuracy over confidence in equal bins, above the share of samples (p [N, K], labels [N])."""
-    figure.set_size_inches(5, 6.5)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    """Accuracy over confidence in bins of equal width, for p [N, K] and labels [N]."""
+    figure.set_size_inches(5, 5.5)
+    axes = figure.subplots()
     error, confidence, accuracy, share = calibration(p, labels)
-    middle = (np.arange(len(share)) + 0.5) / len(share)
-    bars = {"width": 1 / len(share), "edgecolor": "white"}
-    top.bar(middle, accuracy, color="C0", label="accuracy", **bars)
-    top.plot([0, 1], [0, 1], color="black", linestyle="--", label="perfectly calibrated")
-    full = share > 0
-    top.plot(confidence[full], accuracy[full], "C3o", markersize=4, clip_on=False,
-             label="at its mean confidence")
+    axes.plot([0, 1], [0, 1], "k--", label="perfectly calibrated")
+    axes.scatter(confidence, accuracy, 1000 * share, clip_on=False, label="area: share of samples")
     title = f"{heading}\nexpected calibration error {error:.3f}"
-    top.set(ylabel="accuracy", ylim=(0, 1), title=title)
-    top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=2, frameon=False, fontsize=8)
-    bottom.bar(middle, share, color="C7", **bars)
-    bottom.set(xlabel="confidence", ylabel="share of samples", xlim=(0, 1))
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=title)
+    axes.legend(loc="upper left")
 
 
 def displayable(images):
@@ -940,9 +888,8 @@ def save_contact_sheet(figure, images, titles, heading):
 def picture_grid(inputs, mean, std):
     """uint8 [H, W, 3]: up to 16 normalised inputs float [B, C, h, w] in rows of four."""
     mean, std = (torch.tensor(x, device=inputs.device)[:, None, None] for x in (mean, std))
-    x = ((inputs * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
-    x = displayable(x)[:16]
-    x = torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])])
+    x = ((inputs[:16] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
+    x = displayable(torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])]))
     return torch.cat([torch.cat(list(row), 1) for row in x.split(4)]).numpy()
 
 
@@ -986,7 +933,7 @@ def exported(model, batches, suffix, facts):
                 run = lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
     except (RuntimeError, ImportError, torch.onnx.errors.OnnxExporterError) as error:
         reason = one_line(error.__cause__ or error)
-        raise ValueError(f"--export: the exporter failed ({reason})") from None
+        raise ValueError(f"--export: the exporter failed ({reason})")
     with torch.no_grad():
         if not all(torch.allclose(run(batch), model(batch), atol=1e-4) for batch in batches):
             raise ValueError("--export: the program differs from the model; nothing was written")
@@ -1013,8 +960,8 @@ def set_up_device(name="auto", amp="auto", channels_last=True, deterministic=Tru
         total = torch.cuda.get_device_properties(device).total_memory
         # Windows would silently spill into the system's memory
         torch.cuda.set_per_process_memory_fraction(cap / total, device)
-        cudnn = "deterministic" if deterministic else "benchmarked"
-        notes += ["TF32", f"cuDNN {cudnn}", f"at most {cap / 2**30:.1f} GB"]
+        cudnn = "cuDNN deterministic" if deterministic else "cuDNN benchmarked"
+        notes += ["TF32", cudnn, f"at most {cap / 2**30:.1f} GB"]
     elif device.type == "cpu" and keep_freed_memory():
         notes.append("freed memory kept")
     return device, dtype, torch.channels_last if last else torch.contiguous_format, notes
@@ -1022,18 +969,14 @@ def set_up_device(name="auto", amp="auto", channels_last=True, deterministic=Tru
 
 def pick_device(name="auto"):
     """The torch.device `name`; auto: the first there is of cuda, mps, cpu. ValueError if absent."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    available = [kind for kind in found if found[kind]]
-    kind, colon, index = (available[0] if name == "auto" else name).partition(":")
-    numbered = kind == "cuda" and re.fullmatch(r"\d{1,4}", index)
-    if kind not in available or (colon and not numbered):
-        raise ValueError(f"--device {name}: not on this machine; it has {available}")
-    if kind != "cuda":
-        return torch.device(kind)
-    count, index = torch.cuda.device_count(), int(index or torch.cuda.current_device())
-    if index >= count:
-        raise ValueError(f"--device {name}: this machine has {count} CUDA devices, counted from 0")
-    return torch.device("cuda", index)
+    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if cards and name in ("auto", "cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    others = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    available = [*(f"cuda:{i}" for i in cards), *others]
+    if name not in ("auto", *available):
+        raise ValueError(f"--device {name}: not on this machine; it has {', '.join(available)}")
+    return torch.device(others[0] if name == "auto" else name)
 
 
 def cpu_has_amx():
@@ -1068,9 +1011,8 @@ def memory_cap(device, memory_gb=None):
 
 
 def keep_freed_memory(keep=True):
-    """Mutates the process: glibc keeps freed blocks, so that training on a CPU is 5 to 30% faster
-    and holds its peak of memory. False without glibc. `keep` False sets what glibc adapts to by
-    itself."""
+    """Mutates the process: glibc keeps freed blocks, so that training on a CPU is 5 to 30% faster.
+    False without glibc. `keep` False sets what glibc adapts to by itself."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
@@ -1112,8 +1054,7 @@ def processes(device, seconds):
         return
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise ValueError(f"{name}: is not set, others of torchrun's variables are; start with "
-                             "torchrun")
+            raise ValueError(f"{name}: is not set, others of torchrun's are; start with torchrun")
     kind = pick_device(device).type
     if kind == "mps" or ":" in device or not dist.is_available():
         raise ValueError(f"--device {device}: several processes need cuda, one GPU each, or cpu")
@@ -1129,7 +1070,7 @@ def processes(device, seconds):
     except (RuntimeError, ValueError) as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         raise ValueError(f"torchrun: the processes did not meet at {place} ({one_line(error)}); "
-                         "look there") from None
+                         "look there")
     try:
         yield
     finally:
@@ -1183,39 +1124,42 @@ def lost_process(error):
 
 
 def copy_definitions(names, folder):
-    """The text of a Python file: the top-level definitions `names` of the kit in `folder`, all that
-    they need, imports included, and nothing else. ValueError for an unknown name."""
-    kit, places = read_kit(folder), {}
+    """The text of a Python file: the kit's top-level definitions `names` and all that they need."""
+    imports, definitions = read_kit(folder)
+    known = [name for defined, _, _ in definitions for name in defined]
     for name in names:
-        if name not in kit or kit[name][0][0][0] < 0:  # unknown, or an import
+        if name not in known:
             raise ValueError(f"--copy {shorten(name)}: is no function, class or constant here; "
-                             f"{nearest(name, kit)}")
-    todo = list(dict.fromkeys(names))
-    for name in todo:  # it grows
-        for place, text, uses in kit[name]:
-            places[text] = min(place, places.get(text, place))
-            todo += uses & kit.keys() - set(todo)
-    texts = sorted(places, key=places.get)
-    imports = "\n".join(text for text in texts if places[text][0] < 0)
+                             f"{nearest(name, known)}")
+    needed, count = set(names), 0
+    while len(needed) > count:  # until nothing more is needed
+        count = len(needed)
+        for defined, _, uses in definitions:
+            if defined & needed:
+                needed |= uses
+    lines = [text for name, text in imports.items() if name in needed]
+    lines.sort(key=lambda text: (text.startswith("from"), text))
+    texts = [text for defined, text, _ in definitions if defined & needed]
     head = f"{', '.join(names)}: copied from the training kit with all they need. MIT License."
-    blocks = [f'"""{textwrap.fill(head, 95)}"""\n\n{imports}']
-    return "\n\n\n".join(blocks + [text for text in texts if places[text][0] >= 0]) + "\n"
+    head = f'"""{textwrap.fill(head, 95)}"""\n\n' + "\n".join(lines)
+    return "\n\n\n".join([head, *dict.fromkeys(texts)]) + "\n"
 
 
 def read_kit(folder):
-    """{name: [(place, text, names used)]} of the statements that define or import a name. Sorted by
-    place, imports come first, then the leaves, then train.py, without its `utils.` and the like."""
-    kit = {}
-    for rank, file in enumerate(("model", "data", "utils", "train")):
+    """({name: import}, [(names defined, text, names used)]) of the kit's statements: the leaves',
+    then those of train.py, without its `utils.` and the like."""
+    imports, definitions = {}, []
+    for file in ("model", "data", "utils", "train"):
         source = (Path(folder) / f"{file}.py").read_text("utf-8")
         if file == "train":  # the only file that refers to the others
             source = re.sub(r"(?<![\w.])(models|data|utils)\.(?=[a-zA-Z_])", "", source)
         lines = source.split("\n")
         for node in ast.parse(source).body:
-            for alias in getattr(node, "names", ()):  # of an import
-                node.names = [alias]
-                text, name = ast.unparse(node), alias.asname or alias.name.split(".")[0]
-                kit.setdefault(name, [((-1, text.startswith("from"), text), text, set())])
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias in node.names:
+                    node.names = [alias]
+                    imports.setdefault(alias.asname or alias.name.split(".")[0], ast.unparse(node))
+                continue
             first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ()))) - 1
             while lines[first - 1].startswith("#"):  # comments belong to what follows them
                 first -= 1
@@ -1223,10 +1167,10 @@ def read_kit(folder):
             names = [x for x in walked if isinstance(x, ast.Name)]
             local = {x.arg for x in walked if isinstance(x, ast.arg)}
             local |= {x.id for x in names if isinstance(x.ctx, ast.Store)}
-            uses = {x.id for x in names} - local
             targets = [getattr(x, "value", x) for x in getattr(node, "targets", ())]  # of T[i] = 1
             defined = {x.id for y in targets for x in ast.walk(y) if isinstance(x, ast.Name)}
+            if hasattr(node, "name"):
+                defined = {node.name}
             text = "\n".join(lines[first : node.end_lineno])
-            for name in defined | {getattr(node, "name", None)} - {None}:
-                kit.setdefault(name, []).append(((rank, first), text, uses - {name}))
-    return kit
+            definitions.append((defined, text, {x.id for x in names} - local))
+    return imports, definitions

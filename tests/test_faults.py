@@ -426,16 +426,20 @@ def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_says(
         assert float(row["seconds"]) > 0 and float(row["samples_per_second"]) > 0
 
 
-def test_best_is_never_replaced_by_a_worse_one_not_even_by_one_that_is_forgotten(monkeypatch):
-    """Killed between best.pt and last.pt, and then computed otherwise: the forgotten was better."""
-    saved = {"model": {"w": torch.zeros(1)}, "meta": {}, "step": 4, "epoch": 2}
-    for loss in (0.01, 99.0):
-        run_stopped(monkeypatch, 1, "--monitor val_loss", f"cut{loss}")
-        path = Path(f"runs/cut{loss}/best.pt")
-        utils.save_checkpoint(path, {**saved, "metrics": {"val_loss": loss}})
-        assert attempt(f"--resume cut{loss}") == 0
-        losses = [float(row["val_loss"]) for row in outcome(f"cut{loss}")[1]]
-        assert utils.load_checkpoint(path)["metrics"]["val_loss"] == min(loss, *losses)
+def test_the_best_of_an_epoch_lost_in_a_crash_is_written_again_bitwise(monkeypatch):
+    """Killed between best.pt and last.pt, in each epoch."""
+
+    def killed():
+        raise SystemExit(9)
+
+    run("", "whole")
+    best = utils.load_checkpoint("runs/whole/best.pt")
+    for epoch in (1, 2):
+        with before_call(monkeypatch, utils, "write_csv", epoch, killed):
+            assert attempt(f"{TINY} --run_name cut{epoch}") == 9
+        assert attempt(f"--resume cut{epoch}") == 0
+        found = utils.load_checkpoint(f"runs/cut{epoch}/best.pt")
+        assert found["epoch"] == best["epoch"] and same(found["model"], best["model"])
 
 
 # ------------------------------------------------------------------------------------------ signals
