@@ -308,9 +308,7 @@ class Task:
     items: Callable = len  # targets -> their number of items
     # (outputs, targets) -> numerators [metrics] and denominators, a number or [metrics]
     measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), 0)
-    metrics: tuple = ()  # their names
-    monitor: str = "loss"  # the metric that chooses best.pt
-    formats: dict = field(default_factory=dict)  # metric -> its format in logs
+    metrics: tuple = ()  # their names; the first one chooses best.pt
     unit: str = "samples"
     augment: Callable | None = None  # (images, targets, index, epoch) -> (inputs, targets)
     prepare: Callable | None = None  # images -> inputs, for evaluation
@@ -813,9 +811,9 @@ def fetch_windows(fetch, pieces, size):
 
 def progress_text(state, task):
     """The epoch's mean loss and main metric so far, for the bar."""
-    found, formats = means(state.totals, task), {**task.formats, "loss": "loss {:.3f}"}
-    parts = [formats[name].format(found[name]) for name in ("loss", task.monitor) if name in found]
-    return ", ".join(parts + [f"{state.bad_steps} bad steps"] * bool(state.bad_steps))
+    found = means(state.totals, task)
+    text = utils.metrics_line({name: found[name] for name in ("loss", task.metrics[0])})
+    return text + f", {state.bad_steps} bad steps" * bool(state.bad_steps)
 
 
 def freeze(state, frozen):
@@ -917,7 +915,7 @@ def close_epoch(state, run, row):
     for track in run.trackers:
         track(state.step, {name: value for name, value in row.items() if name != "step"})
     best = since_best == 0
-    run.log(utils.epoch_line(row, task.formats, task.monitor, task.unit, args.epochs, best))
+    run.log(utils.epoch_line(row, task.metrics[0], task.unit, args.epochs, best))
     if impatient and state.epoch < args.epochs:
         run.log(f"early stopping: {args.monitor} has not improved for {args.early_stopping} epochs")
 
@@ -949,7 +947,7 @@ def report_best(state, run):
     value = f"{best[monitor]:.2%}" if utils.higher_is_better(monitor) else f"{best[monitor]:.4f}"
     run.log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
     curves = folder / "curves.png"
-    if utils.world()[0] == 0 and utils.save_history(curves, state.history, run.task.monitor):
+    if utils.world()[0] == 0 and utils.save_history(curves, state.history, run.task.metrics[0]):
         run.log(f"curves     {curves}")
     if len(run.source.splits) > 1:
         files = [folder / f"{name}.pt" for name in ("best", "ema", "swa")]
@@ -1062,21 +1060,17 @@ def lr_sweep(state, run):
 
 def make_task(args, meta, memory_format):
     """The `Task` of the model that the metadata names: puzzles or images."""
-    percent, number = "{:.2%}", "{:.3f}"
     if meta["model"] == "sudoku_gnn":
         return Task(
             loss=partial(models.sudoku_loss, focal_gamma=args.focal_gamma),
             items=lambda labels: (labels[:, :81] > 0).sum(),
-            measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, monitor="solve_rate",
-            formats={"solve_rate": percent, "cell_accuracy": percent, "violations": "{:.2f}",
-                     "confidence": number, "entropy": number},
-            unit="boards", augment=unchanged,  # the network is equivariant to every symmetry
+            measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, unit="boards",
+            augment=unchanged,  # the network is equivariant to every symmetry
         )
     return Task(
         loss=partial(models.image_loss, label_smoothing=args.label_smoothing,
                      focal_gamma=args.focal_gamma),
-        measure=utils.image_metrics, metrics=("accuracy",), monitor="accuracy",
-        formats={"accuracy": percent}, unit="images", views=data.image_views,
+        measure=utils.image_metrics, metrics=("accuracy",), unit="images", views=data.image_views,
         augment=partial(augment_images, args, meta, memory_format),
         prepare=partial(prepare_images, meta, memory_format),
     )
@@ -1345,7 +1339,8 @@ def open_run(args, given, held):
         utils.write_json(folder / "config.json", about)
     run.log = utils.logger(folder / "log.txt", lines)
     if rank == 0:
-        run.trackers = utils.trackers(folder, vars(args), args.tensorboard, args.wandb)
+        run.trackers = utils.trackers(folder, state.step, vars(args), args.tensorboard,
+                                      args.wandb)
     return state, run
 
 
@@ -1415,10 +1410,10 @@ def run_evaluate(args):
     for path in args.evaluate:
         result, task, drawn = score(path, args)
         head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
-        print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result, task.formats)}")
+        print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result)}")
         if len(args.evaluate) == 1:
             print("\n".join(f"  {line}" for line in utils.report_lines(result)))
-        if best is None or result.get(task.monitor, 0) > best.get(task.monitor, 0):
+        if best is None or result[task.metrics[0]] > best[task.metrics[0]]:
             best, pictures = result, drawn  # only one checkpoint's images are kept
         results.append(result)
     if len(results) > 1:

@@ -315,29 +315,23 @@ def missing(*packages):
 
 def trackers_available(tensorboard, wandb):
     """ValueError if a tracker that was asked for is not installed."""
-    asked = {"tensorboard": ["tensorboard"] * tensorboard, "wandb": ["wandb", "PIL"] * wandb}
+    asked = {"tensorboard": ["tensorboard"] * tensorboard, "wandb": ["wandb"] * wandb}
     for flag, packages in asked.items():
-        if absent := missing(*packages).replace("PIL", "pillow"):
+        if absent := missing(*packages):
             raise ValueError(f"--{flag} needs the package {absent}: pip install {absent}")
 
 
-def trackers(folder, config, tensorboard, wandb):
-    """Functions track(step, {name: value}) of the trackers asked for. A value is a number, a text
-    of several lines, or a picture uint8 [H, W, 3]."""
+def trackers(folder, step, config, tensorboard, wandb):
+    """Functions track(step, {name: number}) of the trackers asked for, from `step` on."""
     tracks = []
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder))
+        writer = SummaryWriter(str(folder), purge_step=step + 1)  # of steps lost in a crash
 
         def write(step, values):
             for name, value in values.items():
-                if isinstance(value, str):  # as a code block, which keeps its columns
-                    writer.add_text(name, textwrap.indent(value, "    "), step)
-                elif isinstance(value, np.ndarray):
-                    writer.add_image(name, value, step, dataformats="HWC")
-                else:
-                    writer.add_scalar(name, value, step)
+                writer.add_scalar(name, value, step)
             writer.flush()
 
         tracks.append(write)
@@ -350,17 +344,18 @@ def trackers(folder, config, tensorboard, wandb):
         except client.Error as error:
             reason = one_line(error)
             raise OSError(f"--wandb: {reason}; log in, or set WANDB_MODE=offline")
-        kinds = {str: lambda text: client.Html(f"<pre>{text}</pre>"), np.ndarray: client.Image}
-        shown = lambda value: kinds.get(type(value), float)(value)
-        tracks.append(lambda step, values: run.log(
-            {name: shown(value) for name, value in values.items()}, step=step))
+        tracks.append(lambda step, values: run.log(values, step=step))
     return tracks
 
 
-def metrics_line(numbers, formats):
-    """The loss and the metrics of `formats` {name: format} in `numbers`, with their levels."""
+FORMATS = {"loss": "{:.4f}", "accuracy": "{:.2%}", "solve_rate": "{:.2%}", "violations": "{:.2f}",
+           "cell_accuracy": "{:.2%}", "confidence": "{:.3f}", "entropy": "{:.3f}"}
+
+
+def metrics_line(numbers):
+    """The metrics of FORMATS that are in `numbers`, with their levels."""
     parts = []
-    for name, form in {"loss": "{:.4f}", **formats}.items():
+    for name, form in FORMATS.items():
         if name in numbers:
             levels = [f"{key[len(name) + 1 :]} {form.format(value)}"
                       for key, value in numbers.items() if key.startswith(f"{name}_")]
@@ -369,16 +364,16 @@ def metrics_line(numbers, formats):
     return ", ".join(parts)
 
 
-def epoch_line(row, formats, monitor, unit, epochs, new_best):
+def epoch_line(row, monitor, unit, epochs, new_best):
     """The log's line for an epoch's `row` of metrics.csv, with more on the EMA or validation."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     detailed = "ema" if "ema_loss" in row else "val"
-    details = [*formats, *(monitor + level for level in SUDOKU_LEVELS)]
+    details = [*FORMATS, *(monitor + level for level in SUDOKU_LEVELS)]
     for split in ("train", "val", "ema", "swa"):
         names = ["loss", monitor, *(details if split == detailed else ())]
         numbers = {name: row[f"{split}_{name}"] for name in names if f"{split}_{name}" in row}
         if numbers:
-            parts.append(f"{split} {metrics_line(numbers, formats)}")
+            parts.append(f"{split} {metrics_line(numbers)}")
     parts.append(f"{row['seconds']:.1f} s")
     parts.append(f"{row['samples_per_second']:,.0f} {unit}/s")
     parts.append(f"lr {row['lr']:.2e}")
@@ -883,14 +878,6 @@ def save_contact_sheet(figure, images, titles, heading):
     for axes, image, title in zip(figure.axes, images, titles):
         axes.imshow(displayable(image))
         axes.set_title(title, fontsize=8)
-
-
-def picture_grid(inputs, mean, std):
-    """uint8 [H, W, 3]: up to 16 normalised inputs float [B, C, h, w] in rows of four."""
-    mean, std = (torch.tensor(x, device=inputs.device)[:, None, None] for x in (mean, std))
-    x = ((inputs[:16] * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu()
-    x = displayable(torch.cat([x, x.new_zeros(-len(x) % 4, *x.shape[1:])]))
-    return torch.cat([torch.cat(list(row), 1) for row in x.split(4)]).numpy()
 
 
 def prediction_rows(paths, p, classes):

@@ -193,7 +193,7 @@ def test_checkpoints_are_scored_side_by_side_and_written(finished, monkeypatch, 
     assert all("taken for" in title for title in shown["titles"])
     for kind in ("confusion", "reliability", "mistakes"):
         assert Path(f"all-{kind}.png").read_bytes().startswith(PNG), kind
-    scored = [({**row, "latency_ms": 1.0, "latency_p95_ms": 1.0}, train.Task(sum), None)
+    scored = [({**row, "latency_ms": 1.0, "latency_p95_ms": 1.0}, train.Task(sum, metrics=("accuracy",)), None)
               for row in found]
     monkeypatch.setattr(train, "score", lambda path, *_: scored[paths.index(path)])
     assert main(["--evaluate", *paths, "--output", "all.csv"]) == 0
