@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import time
 import uuid
 import warnings
@@ -36,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib import format as npy_format
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -76,13 +76,10 @@ class Data:
 
 
 def load(source, image_size=0, val_fraction=0.1, max_samples=0, seed=0, cache_dir=".cache"):
-    """Return the `Data` at `source`: None (built-in images), a folder or an NPZ file.
-
-    The kind of a folder (classes, IDX, CIFAR) is recognised by its files. `image_size` 0 chooses a
-    size that suits the source. A missing validation split is taken from the training split,
-    stratified, by `seed`. `max_samples` limits each split, stratified too (0: no limit). Raises
-    ValueError or OSError with a message of one line.
-    """
+    """Return the `Data` at `source`: None (built-in images), a folder or an NPZ file. `image_size`
+    0 chooses a size that suits the source; `max_samples` limits each split (0: no limit). A missing
+    validation split is taken from the training split by `seed`. Classes keep their proportions.
+    Raises ValueError or OSError with a message of one line."""
     if source is None:
         data = built_in(image_size or 64)
     elif (path := existing(source, "class folders, IDX, CIFAR or NPZ")).is_file():
@@ -116,18 +113,23 @@ def require_bytes(what, size, limit=math.inf):
 def existing(source, wanted):
     """Return the path of the file or folder named by --data; ValueError if there is none."""
     path = Path(os.path.expanduser(source))  # unlike Path.expanduser it accepts unknown users
-    advice = f"give {wanted}, or leave the flag out"
-    require(source and path.exists(), f"--data {source}: no such file or folder; {advice}")
-    regular = path.is_file() or path.is_dir()
-    require(regular, f"--data {source}: is neither a file nor a folder; give one of them")
+    require(source and path.exists(),
+            f"--data {source}: no such file or folder; give {wanted}, or leave the flag out")
+    require(path.is_file() or path.is_dir(),
+            f"--data {source}: is neither a file nor a folder; give one of them")
     return path
 
 
 def inside(path, root):
     """Return `path`; ValueError if a link leads from it out of the folder `root`."""
-    within = path.resolve().is_relative_to(root.resolve())
-    require(within, f"{path}: a link that leads out of {root}; copy the file in its place")
+    require(path.resolve().is_relative_to(root.resolve()),
+            f"{path}: a link that leads out of {root}; copy the file in its place")
     return path
+
+
+def files_in(folder, pattern, root):
+    """Return the files of a folder that match `pattern`, sorted; none may link out of `root`."""
+    return [inside(p, root) for p in sorted(folder.glob(pattern)) if p.is_file()]
 
 
 @contextlib.contextmanager
@@ -139,24 +141,21 @@ def unpacked(path):
         with (gzip.open if packed else open)(path, "rb") as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        message = f"{path}: damaged gzip ({one_line(error)}); fetch the file again"
-        raise ValueError(message) from None
+        raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch it again") from None
 
 
 @contextlib.contextmanager
 def new_file(target, size):
-    """Open a file of `size` bytes for writing that becomes `target` once it is complete.
-
-    On any error nothing of it remains. Partial files older than a day, left by killed processes,
-    are removed. ValueError if the disk has too little room.
-    """
+    """Open a file of `size` bytes for writing that becomes `target` once it is complete. On any
+    error nothing of it remains. Partial files that killed processes left a day ago are removed.
+    ValueError if the disk has too little room."""
     folder = target.parent.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         free = shutil.disk_usage(folder).free
-        room = f"needs {size / 2**20:,.0f} MiB, has {free / 2**20:,.0f}; make room"
-        require(size <= free, f"--cache_dir {folder}: {room}")
+        require(size <= free,
+                f"--cache_dir {folder}: needs {size >> 20:,} MiB, has {free >> 20:,}; make room")
         for stale in folder.glob("*.partial"):
             with contextlib.suppress(OSError):  # another process may have removed it
                 if stale.stat().st_mtime < time.time() - 86_400:
@@ -175,34 +174,29 @@ def new_file(target, size):
 # -------------------------------------------------------------------------------- built-in images
 
 
-def built_in(image_size=64, sizes=(("train", 3000), ("val", 500), ("test", 500)), seed=2024):
-    """Return ten classes of shapes drawn with signed distances, always the same images.
-
-    Position, radius, rotation, colours, background gradient and noise vary, so that neither the
-    mean colour nor any single pixel tells the class. Classes take turns.
-    """
+def built_in(image_size=64):
+    """Return ten classes of shapes drawn with signed distances, always the same images. Position,
+    radius, rotation, colours, background gradient and noise vary, so that neither the mean colour
+    nor any single pixel tells the class. Classes take turns."""
     classes = "bars crescent cross disk frame half_disk ring square star triangle".split()
-    total = sum(count for _, count in sizes)
-    require_images(image_size, total, 3)
+    counts = {"train": 3000, "val": 500, "test": 500}
+    total = sum(counts.values())
+    require_bytes(f"--image_size {image_size}: {total:,} images take", total * image_size**2 * 3)
     labels = np.arange(total) % len(classes)
     images = np.empty((total, image_size, image_size, 3), np.uint8)
-    step = max(1, min(250, 250 * 256**2 // image_size**2))
+    step = min(250, 250 * 256**2 // image_size**2)
 
     def draw(start):  # part by part: bounds the working memory and uses two cores
         part = slice(start, start + step)
-        images[part] = draw_shapes(labels[part], image_size, np.random.default_rng((seed, start)))
+        images[part] = draw_shapes(labels[part], image_size, np.random.default_rng((2024, start)))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(draw, range(0, total, step)))
     splits, start = {}, 0
-    for name, count in sizes:
+    for name, count in counts.items():
         splits[name] = Split(images[start : start + count], labels[start : start + count])
         start += count
     return Data(splits, classes, image_size, "built-in shapes")
-
-
-def require_images(size, count, channels):
-    require_bytes(f"--image_size {size}: {count:,} images take", count * size**2 * channels)
 
 
 def draw_shapes(labels, size, rng):
@@ -269,16 +263,11 @@ CIFAR = (  # bytes of a row, classes, files of training and test, file of class 
 
 def load_npz(path, image_size=0):
     """Return the `Data` of an NPZ file of arrays x, y or x_train, y_train, x_val, x_test and so on.
-
-    Images are uint8, or float in [0, 1], of shape [N, H, W], [N, H, W, C] or [N, C, H, W].
-    """
+    Images are uint8, or float in [0, 1], of shape [N, H, W], [N, H, W, C] or [N, C, H, W]."""
     try:
-        require_honest_npz(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if holds_samples(name)}
+        arrays = read_npz(path)
     except (ValueError, OSError) as error:  # from numpy: object arrays, bad headers
-        message = one_line(error)
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     except Exception as error:  # a damaged zip raises BadZipFile, zlib.error, RuntimeError, ...
         message = f"not a whole NPZ file ({one_line(error)}); puzzles need --model sudoku_gnn"
         raise ValueError(f"{path}: {message}") from None
@@ -292,87 +281,80 @@ def load_npz(path, image_size=0):
     return from_arrays(f"{path.name} (NPZ)", pairs, image_size)
 
 
-def require_honest_npz(path):
-    """ValueError if the arrays of an NPZ file declare more bytes than the file can hold."""
-    declared = 0
+def read_npz(path):
+    """Return {name: array} of the x and y; ValueError if they declare more than the file holds."""
+    arrays, declared = {}, 0
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if holds_samples(member.filename):
+            name = member.filename.removesuffix(".npy")
+            if name.split("_")[0] in ("x", "y"):
                 with archive.open(member) as file:
                     head = io.BytesIO(file.read(2**14))  # numpy accepts headers to 10,000 bytes
-                first = np.lib.format.read_magic(head) == (1, 0)
-                version = "1_0" if first else "2_0"
-                shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}")(head)
+                version = "1_0" if npy_format.read_magic(head) == (1, 0) else "2_0"
+                shape, _, dtype = getattr(npy_format, f"read_array_header_{version}")(head)
                 declared += max(member.file_size, math.prod(shape) * dtype.itemsize)
-                require_bytes(f"{path}: declares", declared, DEFLATE_RATIO * path.stat().st_size)
-
-
-def holds_samples(name):
-    """Whether an array of an NPZ file, or the member that holds it, is read."""
-    return name.removesuffix(".npy").split("_")[0] in ("x", "y")
+                require_bytes("declares", declared, DEFLATE_RATIO * path.stat().st_size)
+                with archive.open(member) as file:
+                    arrays[name] = npy_format.read_array(file, allow_pickle=False)
+    return arrays
 
 
 def idx_files(folder):
-    """Return {split: [images file, labels file]} by the names of MNIST's files, gzip or not."""
+    """Return {split: (images file, labels file)} by the names of MNIST's files, gzip or not."""
     found = {}
     for prefix, split in (("train", "train"), ("t10k", "test"), ("test", "test")):
-        pair = []
-        for kind in ("images?idx3", "labels?idx1"):
-            files = [p for p in folder.glob(f"{prefix}-{kind}-ubyte*") if p.is_file()]
-            pair += sorted(files)[:1]
-        missing = "images and labels come in pairs; the other file is missing"
-        require(len(pair) != 1, f"{pair and pair[0]}: {missing}")
-        if pair:
-            found[split] = [inside(p, folder) for p in pair]
+        images = files_in(folder, f"{prefix}-images?idx3-ubyte*", folder)
+        labels = files_in(folder, f"{prefix}-labels?idx1-ubyte*", folder)
+        if images or labels:
+            first = (images + labels)[0]
+            require(images and labels,
+                    f"{first}: images and labels come in pairs; the other file is missing")
+            found[split] = images[0], labels[0]
     return found
 
 
 def read_idx(path, axes):
     """Return the uint8 array of an IDX file; ValueError unless its header fits its length."""
     with unpacked(path) as file:
-        header = file.read(4 + 4 * axes)
-        good = len(header) == 4 + 4 * axes and header[:4] == bytes([0, 0, 8, axes])
-        wanted = f"not IDX of {axes} axes of bytes"
-        require(good, f"{path}: {wanted}, its header is {header[:4].hex()}")
-        shape = struct.unpack(f">{axes}I", header[4:])
+        kind, sides = file.read(4), file.read(4 * axes)
+        require(kind == bytes([0, 0, 8, axes]) and len(sides) == 4 * axes,
+                f"{path}: not IDX of {axes} axes of bytes, its header is {kind.hex()}")
+        shape = np.frombuffer(sides, ">u4").tolist()
         declared = math.prod(shape)
         require_bytes(f"{path}: declares", declared)
         content = file.read(min(declared, DEFLATE_RATIO * path.stat().st_size) + 1)
     has = "more" if len(content) > declared else f"{len(content):,}"
-    problem = f"declares {declared:,} bytes, has {has}; fetch the file again"
-    require(len(content) == declared, f"{path}: {problem}")
+    require(len(content) == declared,
+            f"{path}: declares {declared:,} bytes, has {has}; fetch the file again")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def load_idx(path, image_size=0):
     """Return the `Data` of MNIST or Fashion-MNIST as distributed; None without IDX files."""
     files = idx_files(path)
-    missing = "train-images-idx3-ubyte is missing; only the test files are there"
-    require(not files or "train" in files, f"{path}: {missing}")
-    pairs = {name: (x, read_idx(x, 3), read_idx(y, 1)) for name, (x, y) in files.items()}
-    return from_arrays(f"{path.name} (IDX)", pairs, image_size) if files else None
+    if files:
+        require("train" in files,
+                f"{path}: train-images-idx3-ubyte is missing; only the test files are there")
+        pairs = {name: (x, read_idx(x, 3), read_idx(y, 1)) for name, (x, y) in files.items()}
+        return from_arrays(f"{path.name} (IDX)", pairs, image_size)
 
 
 def load_cifar(path, image_size=0):
-    """Return the `Data` of CIFAR's binary version, fine labels, in `path` or its archive's folder.
-
-    A row holds one label byte (CIFAR-100: two) and 3,072 bytes of pixels [3, 32, 32]. None if there
-    are no such files.
-    """
+    """Return the `Data` of CIFAR's binary version, fine labels, in `path` or its archive's folder;
+    None without such files. A row holds one label byte (CIFAR-100: two) and pixels [3, 32, 32]."""
     folders = (path, path / "cifar-10-batches-bin", path / "cifar-100-binary")
     for folder, (width, count, *patterns, listing) in itertools.product(folders, CIFAR):
         pairs = {}
         for split, pattern in zip(("train", "test"), patterns):
-            blocks = []
-            for file in sorted(folder.glob(pattern)):
-                if file.is_file():
-                    size = inside(file, path).stat().st_size
-                    require_bytes(f"{file}:", size)
-                    problem = f"{size:,} bytes are not whole rows of {width}; fetch the file again"
-                    require(size and size % width == 0, f"{file}: {problem}")
-                    blocks.append(np.fromfile(file, np.uint8).reshape(-1, width))
-            if blocks:
-                rows = np.concatenate(blocks)
+            files = files_in(folder, pattern, path)
+            for file in files:
+                size = file.stat().st_size
+                require_bytes(f"{file}:", size)
+                require(size and size % width == 0,
+                        f"{file}: {size:,} bytes are not whole rows of {width}; fetch it again")
+            if files:
+                rows = np.concatenate([np.fromfile(file, np.uint8) for file in files])
+                rows = rows.reshape(-1, width)
                 pixels = rows[:, -3072:].reshape(-1, 3, 32, 32)
                 pairs[split] = folder / pattern, pixels, rows[:, -3073]
         if "train" in pairs:
@@ -385,74 +367,72 @@ def load_cifar(path, image_size=0):
 
 def from_arrays(description, pairs, image_size, classes=None):
     """Return the `Data` of {split: (where, images, labels)}; errors begin with `where`."""
-    most = len(classes) - 1 if classes else 65_535
-    splits = {name: checked_split(*pair, most) for name, pair in pairs.items()}
+    highest = len(classes) - 1 if classes else 65_535
+    splits = {name: checked_split(*pair, highest) for name, pair in pairs.items()}
     if classes is None:
-        highest = max(int(split.labels.max()) for split in splits.values())
+        highest = max(split.labels.max() for split in splits.values())
         classes = [str(k) for k in range(highest + 1)]
     return match_size(Data(splits, classes, image_size, description))
 
 
-def checked_split(where, images, labels, most=65_535):
+def checked_split(where, images, labels, highest):
     """Return a `Split` of arrays in any layout that users have; ValueError begins with `where`."""
     channels = (1, 2, 3, 4)
+    if images.ndim == 3:
+        images = images[..., None]
     if images.ndim == 4 and images.shape[3] not in channels and images.shape[1] in channels:
         images = np.moveaxis(images, 1, 3)  # [N, C, H, W] -> [N, H, W, C]
-    images = images[..., None] if images.ndim == 3 else images
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    good = images.ndim == 4 and images.shape[3] in channels and images.size
-    wanted = "images must be [N, H, W] or [N, H, W, 1 to 4]"
-    require(good, f"{where}: {wanted}, got {list(images.shape)}")
-    problem = f"{len(images)} images, but labels of shape {list(labels.shape)}"
-    require(labels.shape == (len(images),), f"{where}: {problem}")
+    if labels.shape[1:] == (1,):
+        labels = labels[:, 0]
+    require(images.ndim == 4 and images.shape[3] in channels and images.size,
+            f"{where}: images must be [N, H, W] or [N, H, W, 1 to 4], got {list(images.shape)}")
+    require(labels.shape == (len(images),),
+            f"{where}: {len(images)} images, but labels of shape {list(labels.shape)}")
     if np.issubdtype(images.dtype, np.floating):
-        wanted = "float images must lie in [0, 1]; scale them, or give uint8 in 0 to 255"
-        require(images.min() >= 0 and images.max() <= 1, f"{where}: {wanted}")  # so no NaN either
+        require(images.min() >= 0 and images.max() <= 1,  # so no NaN either
+                f"{where}: float images must lie in [0, 1]; scale them, or give uint8 in 0 to 255")
         images = (images * 255).round().astype(np.uint8)
-    wanted = f"images must be uint8, or float in [0, 1]; got {images.dtype}"
-    require(images.dtype == np.uint8, f"{where}: {wanted}")
-    wanted = f"labels must be integers from 0; got {labels.dtype}"
-    require(np.issubdtype(labels.dtype, np.integer), f"{where}: {wanted}")
-    for row in np.flatnonzero((labels < 0) | (labels > most)):
-        raise ValueError(f"{where}: labels must be 0 to {most}; row {row} has {labels[row]}")
+    require(images.dtype == np.uint8,
+            f"{where}: images must be uint8, or float in [0, 1]; got {images.dtype}")
+    require(np.issubdtype(labels.dtype, np.integer),
+            f"{where}: labels must be integers from 0; got {labels.dtype}")
+    for row in np.flatnonzero((labels < 0) | (labels > highest)):
+        raise ValueError(f"{where}: labels must be 0 to {highest}; row {row} has {labels[row]}")
     return Split(np.ascontiguousarray(images), labels.astype(np.int64))
 
 
 def match_size(data):
-    """Return `data` with images of `image_size`: shorter side resized, centre cropped.
-
-    `image_size` 0 keeps the shorter side; below 24 px, which the networks need, it becomes 32.
-    """
-    shapes = [split.images.shape for split in data.splits.values()]
+    """Return `data` with images of `image_size`: shorter side resized, centre cropped. `image_size`
+    0 keeps the shorter side; below 24 px, which the networks need, it becomes 32."""
+    where, shapes = data.description, [split.images.shape for split in data.splits.values()]
     channels = sorted({shape[3] for shape in shapes})
-    problem = f"splits have {channels} channels; they must agree"
-    require(len(channels) == 1, f"{data.description}: {problem}")
+    require(len(channels) == 1, f"{where}: splits have {channels} channels; they must agree")
     shorter = min(side for shape in shapes for side in shape[1:3])
     size = data.image_size or (shorter if shorter >= 24 else 32)
-    require_images(size, sum(shape[0] for shape in shapes), *channels)
+    count = sum(shape[0] for shape in shapes)
+    require_bytes(f"--image_size {size}: {count:,} images take", count * size**2 * channels[0])
     splits = {}
     for name, split in data.splits.items():
-        images = split.images
-        if images.shape[1:3] != (size, size):
-            images = resize_arrays(images, size, data.description)
-        splits[name] = Split(images, split.labels)
+        splits[name] = Split(resize_arrays(split.images, size, where), split.labels)
     return replace(data, splits=splits, image_size=size)
 
 
 def resize_arrays(images, size, where):
     """Return the centre squares uint8 [N, size, size, C] of uint8 [N, H, W, C], antialiased."""
     count, *sides, channels = images.shape
-    shape = [max(size, round(side * size / min(sides))) for side in sides]
-    change = f"{sides[0]}x{sides[1]} images become {shape[0]}x{shape[1]}"
-    limit = f"over {MAX_IMAGE_PIXELS:,} pixels; crop them"
-    require(math.prod(shape) <= MAX_IMAGE_PIXELS, f"{where}: {change}, {limit}")
-    step = max(1, min(512, MAX_RESIZED_PIXELS // max(math.prod(sides), math.prod(shape))))
-    top, left = ((side - size) // 2 for side in shape)
+    if sides == [size, size]:
+        return images
+    height, width = (max(size, round(side * size / min(sides))) for side in sides)
+    require(height * width <= MAX_IMAGE_PIXELS,
+            f"{where}: {sides[0]}x{sides[1]} images become {height}x{width}, "
+            f"over {MAX_IMAGE_PIXELS:,} pixels; crop them")
+    step = max(1, min(512, MAX_RESIZED_PIXELS // max(math.prod(sides), height * width)))
+    top, left = (height - size) // 2, (width - size) // 2
     out = np.empty((count, size, size, channels), np.uint8)
     for start in range(0, count, step):
         part = slice(start, start + step)
         x = torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, shape, mode="bilinear", antialias=True)
+        x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
         x = x[:, :, top : top + size, left : left + size].round().clamp(0, 255)
         out[part] = x.permute(0, 2, 3, 1).numpy()
     return out
@@ -464,49 +444,42 @@ def resize_arrays(images, size, where):
 def pictures_in(folder):
     """Return the visible pictures at any depth of a folder, in the same order on every system."""
     files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
-    files = [p for p in files if not p.name.startswith(".") and p.is_file()]
-    return sorted(files, key=lambda p: p.as_posix())
+    files = [p for p in files if p.name[0] != "." and p.is_file()]
+    return sorted(files, key=Path.as_posix)
 
 
 def scan_folder(root):
-    """Return ({split: [(path, label)]}, class names) of a folder of class folders, by name.
-
-    Folders train, val (valid, validation) and test above the class folders are splits. ValueError
-    for a link that leads out of `root`, for an empty class, and for splits whose classes differ.
-    """
+    """Return ({split: [(path, label)]}, class names) of a folder of class folders, by name. Folders
+    train, val (valid, validation) and test above the class folders are splits. ValueError for a
+    link that leads out of `root`, for an empty class, and for splits whose classes differ."""
     def folders(path):
         return sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
 
     named = [name for name in folders(root) if name.lower() in SPLIT_NAMES and folders(root / name)]
     parts = {SPLIT_NAMES[name.lower()]: root / name for name in named} or {"train": root}
-    good = "train" in parts and len(parts) >= len(named)
-    require(good, f"{root}: has {named}; needs one train beside them, and each split once")
-    files, classes = {}, folders(parts["train"])
+    require("train" in parts and len(parts) >= len(named),
+            f"{root}: has {named}; needs one train beside them, and each split once")
+    files, classes = {split: [] for split in parts}, folders(parts["train"])
     for split, folder in parts.items():
         odd = sorted(set(folders(folder)) ^ set(classes))[:5]
-        problem = f"class folders differ from {parts['train']}'s in {odd}; they must agree"
-        require(not odd, f"{folder}: {problem}")
-        files[split] = []
+        require(not odd,
+                f"{folder}: class folders differ from {parts['train']}'s in {odd}; they must agree")
         for label, name in enumerate(classes):
             pictures = pictures_in(inside(folder / name, root))
-            problem = "no image in this class folder; add some or remove it"
-            require(pictures, f"{folder / name}: {problem}")
+            require(pictures,
+                    f"{folder / name}: no image in this class folder; add some or remove it")
             for path in pictures:
                 files[split].append((inside(path, root) if path.is_symlink() else path, label))
-    problem = f"needs two class folders or more, got {classes}; or IDX, CIFAR or NPZ files"
-    require(len(classes) > 1, f"{root}: {problem}")
+    require(len(classes) > 1,
+            f"{root}: needs two class folders or more, got {classes}; or IDX, CIFAR or NPZ files")
     return files, classes
 
 
 def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     """Return the `Data` of a folder of class folders, decoded once to a memory map in `cache_dir`.
-
-    Pictures are stored as centre squares: of image_size if they are no larger than that, else of
-    image_size * 8/7, from which training crops at random and evaluation crops the centre. Names,
-    sizes and times of the files and the settings identify the cache. Needs Pillow.
-    """
+    Pictures larger than `image_size` are stored as centre squares of image_size * 8/7, from which
+    training crops at random and evaluation crops the centre. Needs Pillow."""
     files, classes = scan_folder(root)
-    import_pillow()
     for name, rows in files.items():
         chosen = stratified([label for _, label in rows], max_samples, seed)
         files[name] = [rows[i] for i in chosen]
@@ -539,7 +512,6 @@ def import_pillow():
 def open_picture(path):
     """Open a picture; errors, also those of reading its pixels, become ValueErrors of one line."""
     Image, _ = import_pillow()
-    large = f"is over {MAX_IMAGE_PIXELS:,} pixels"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
@@ -548,14 +520,14 @@ def open_picture(path):
             raise Image.DecompressionBombError(f"{image.width}x{image.height}")
         with image:
             yield image
+        return
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {large} ({one_line(error)}); make it smaller") from None
+        problem = f"is over {MAX_IMAGE_PIXELS:,} pixels ({one_line(error)}); make it smaller"
     except Image.UnidentifiedImageError:
-        kinds = ", ".join(IMAGE_FORMATS)
-        raise ValueError(f"{path}: not a whole picture in {kinds}; convert or remove it") from None
+        problem = f"not a whole picture in {', '.join(IMAGE_FORMATS)}; convert or remove it"
     except Exception as error:  # damaged files raise SyntaxError, struct.error, TypeError, ...
         problem = f"cannot be decoded ({one_line(error)}); replace or remove it"
-        raise ValueError(f"{path}: {problem}") from None
+    raise ValueError(f"{path}: {problem}")
 
 
 def shorter_side(path):
@@ -566,10 +538,7 @@ def shorter_side(path):
 
 
 def decode_image(path, size):
-    """Return the centre square of a picture as uint8 [size, size, 3].
-
-    It is upright by its EXIF tag, and transparent parts become white.
-    """
+    """Return the centre square uint8 [size, size, 3] of a picture, upright, on white if clear."""
     Image, ImageOps = import_pillow()
     with open_picture(path) as image:
         # JPEG is decoded at a half, a quarter or an eighth of its size
@@ -580,12 +549,7 @@ def decode_image(path, size):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            side = min(image.size)
-            left, top = ((length - side) / 2 for length in image.size)
-            box = (left, top, left + side, top + side)
-            image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)
 
 
@@ -603,10 +567,8 @@ def decode_all(paths, size):
 
 
 def decode_pictures(paths, size, channels=3, batch_size=64):
-    """Yield (paths, uint8 [n, size, size, channels], [(path, ValueError)]), a batch at a time.
-
-    Images are centre squares; one channel is Pillow's luma. Errors are listed apart.
-    """
+    """Yield (paths, uint8 [n, size, size, channels], [(path, ValueError)]), a batch at a time: the
+    centre squares (one channel is Pillow's luma), and apart the pictures that cannot be read."""
     for start in range(0, len(paths), batch_size):
         good, images, errors = [], [], []
         part = paths[start : start + batch_size]
@@ -632,18 +594,16 @@ def find_pictures(*places):
         for path in map(Path, named):
             files += pictures_in(path) if path.is_dir() else [path]
         files = [p for p in files if p.is_file() and not p.name.startswith(".")]
-        advice = "give a picture, a folder of pictures or a glob"
-        require(files, f"--input {place}: no picture there; {advice}")
+        require(files,
+                f"--input {place}: no picture there; give a picture, a folder of them or a glob")
         found += files
     return list(dict.fromkeys(found))
 
 
 def decode_cached(paths, root, size, cache_dir):
-    """Return a memory map uint8 [len(paths), size, size, 3] of the decoded pictures.
-
-    It is written again when pictures changed; older caches of the same folder are removed. One
-    ValueError names all unreadable pictures.
-    """
+    """Return a memory map uint8 [len(paths), size, size, 3] of the decoded pictures, in place of
+    older ones of the same folder. Names, sizes and times of the files identify it. One ValueError
+    names all unreadable pictures."""
     entries = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     family = f"{mix(str(root.resolve()), size, len(paths)):x}"
     key = mix(entries, size, "centre square, bicubic, 1")
@@ -653,25 +613,24 @@ def decode_cached(paths, root, size, cache_dir):
         # written as a file, since a full disk under a memory map would kill the process
         with new_file(target, math.prod(shape)) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            npy_format.write_array_header_1_0(file, header)
             with contextlib.closing(decode_all(paths, size)) as images:
                 for image in tqdm(images, "decode", len(paths), unit="img", disable=None):
                     if isinstance(image, ValueError):
                         broken.append(str(image))
                     else:
                         file.write(image.tobytes())
-            if len(broken) > 1:
+            if broken:
                 names = ", ".join(message.split(":")[0] for message in broken[1:6])
-                broken[0] += f"; {len(broken) - 1} more: {names}"
-            require(not broken, "".join(broken[:1]))
-        for old in cache_dir.glob(f"{family}-*.npy"):
+                more = f"; {len(broken) - 1} more: {names}" if names else ""
+                raise ValueError(broken[0] + more)
+        for old in set(cache_dir.glob(f"{family}-*.npy")) - {target}:
             with contextlib.suppress(OSError):  # on Windows another run may use it
-                if old != target:
-                    old.unlink()
+                old.unlink()
     try:
-        images = np.lib.format.open_memmap(target, mode="r")
-        good = (images.shape, images.dtype) == (shape, np.uint8)
-        require(good, f"it holds {images.dtype} {images.shape}")
+        images = npy_format.open_memmap(target, mode="r")
+        require((images.shape, images.dtype) == (shape, np.uint8),
+                f"it holds {images.dtype} {images.shape}")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{target}: a damaged cache ({one_line(error)}); remove it") from None
     return images
@@ -688,9 +647,8 @@ ROW, COLUMN = np.divmod(np.arange(81), 9)
 UNIT_OF = np.stack([ROW, COLUMN, ROW // 3 * 3 + COLUMN // 3])  # [3, 81]: row, column, box of a cell
 UNITS = np.argsort(UNIT_OF, axis=1, kind="stable").reshape(3, 9, 9)  # [3, 9, 9]: cells of a unit
 BITS = np.array([511, *(1 << np.arange(9))], np.uint16)  # the mask of a blank and of each clue
-COUNT = np.array([bin(mask).count("1") for mask in range(512)], np.uint8)
-DIGIT = np.zeros(512, np.uint8)  # the digit of a mask of one candidate
-DIGIT[BITS[1:]] = np.arange(1, 10)
+COUNT = np.array([mask.bit_count() for mask in range(512)], np.int8)  # of the candidates
+DIGIT = np.array([mask.bit_length() for mask in range(512)], np.uint8)  # of a single candidate
 
 
 def in_chunks(function, rows, size):
@@ -720,9 +678,7 @@ def apply_singles(masks):
 
 def propagate(masks, goal=None):
     """Mutate masks uint16 [81, N] by singles until nothing changes; return (solved, broken) [N].
-
-    With `goal` (a cell for each puzzle) it stops when that cell is found, and `solved` says so.
-    """
+    With `goal` (a cell for each puzzle) it stops when that cell is found, and `solved` says so."""
     solved, broken = np.zeros((2, masks.shape[1]), bool)
     active = np.arange(masks.shape[1])
     while len(active):
@@ -744,19 +700,18 @@ def solve(puzzles, preference=None, limit=2, max_guesses=10**6):
 
 
 def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
-    """Search depth first, with singles between guesses, all candidates uint16 [N, 81] at once.
-
-    A guess fixes a cell with the fewest candidates: the first such cell to its lowest digit, or the
-    cell and digit of the highest `preference` (float [N, 81, 9] in 0 to 1, such as a network's
-    probabilities). Returns (first solutions uint8 [N, 81], zeros if none; solutions found int64
-    [N], at most `limit`, so that 1 of 2 proves uniqueness, or -1 if `max_guesses` came first;
-    guesses int64 [N] up to the first solution, or to the end without one).
-    """
+    """Search depth first, with singles between guesses, all candidates uint16 [N, 81] at once. A
+    guess fixes a cell with the fewest candidates: the first to its lowest digit, or the cell and
+    digit of the highest `preference` (float [N, 81, 9] in 0 to 1). Returns (first solutions uint8
+    [N, 81], zeros if none; solutions found int64 [N], at most `limit`: 1 of 2 proves uniqueness, -1
+    if `max_guesses` came first; guesses int64 [N] up to the first solution)."""
     count = len(masks)
     if count > chunk:
-        parts = [slice(i, i + chunk) for i in range(0, count, chunk)]
-        led = [None if preference is None else preference[part] for part in parts]
-        found = [search(masks[part], lead, limit, max_guesses) for part, lead in zip(parts, led)]
+        found = []
+        for start in range(0, count, chunk):
+            part = slice(start, start + chunk)
+            lead = None if preference is None else preference[part]
+            found.append(search(masks[part], lead, limit, max_guesses))
         return tuple(map(np.concatenate, zip(*found)))
     solutions = np.zeros((count, 81), np.uint8)
     number, guesses, tried, depth = np.zeros((4, count), np.int64)
@@ -772,16 +727,12 @@ def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
         depth[active[solved | broken]] -= 1
         unsolved = ~(solved | broken)
         active, masks = active[unsolved], masks[:, unsolved].T  # [n, 81]
-        rows, top, left = np.arange(len(active)), depth[active], COUNT[masks]
-        if preference is None:
-            cell = np.where(left > 1, left, 10).argmin(1)
-            chosen = masks[rows, cell]
-            bit = chosen & (~chosen + np.uint16(1))  # the lowest
-        else:
-            open_ = (masks[:, :, None] & BITS[1:]).astype(bool) & (left > 1)[:, :, None]
-            score = np.where(open_, preference[active] - left[:, :, None], -99)
-            best = score.reshape(len(active), 729).argmax(1)
-            cell, bit = best // 9, BITS[1 + best % 9]
+        top, left = depth[active], COUNT[masks]  # left: candidates of a cell
+        options = np.where(left > 1, masks, 0)[:, :, None] & BITS[1:]  # [n, 81, 9]
+        lead = 0 if preference is None else preference[active]
+        score = np.where(options, lead - left[:, :, None], -99)
+        best = score.reshape(len(active), 729).argmax(1)  # the first of equal ones
+        cell, bit = best // 9, BITS[1 + best % 9]
         # the guess goes on top; below it stays the board without that candidate
         stack[top, active] = stack[top + 1, active] = masks
         stack[top, active, cell] &= ~bit
@@ -802,22 +753,18 @@ def grade(puzzles):
 
 
 def generate(count, level, seed=0):
-    """Return (puzzles, solutions) uint8 [count, 81] of a level by `seed`, all different.
-
-    Random complete grids lose clues in random order as long as singles alone still solve them,
-    which proves that the solution is unique. Hard ones then lose more, as long as the search finds
-    one solution only. The first puzzles are the same for any count.
-    """
+    """Return (puzzles, solutions) uint8 [count, 81] of a level by `seed`, all different. Random
+    grids lose clues in random order while singles alone still solve them, which proves the solution
+    unique; hard ones lose more while the search finds one only. The first are the same for any
+    count."""
     found = {}
     for block in itertools.count():
         rng = np.random.default_rng(mix(seed, LEVELS.index(level), block))
         for puzzle, solution in zip(*dig(level, rng)):
-            found.setdefault(puzzle.tobytes(), solution.tobytes())
+            found.setdefault(puzzle.tobytes(), (puzzle, solution))
         if len(found) >= count:
-            break
-    columns = found.keys(), found.values()
-    text = [bytearray().join(itertools.islice(column, count)) for column in columns]
-    return tuple(np.frombuffer(column, np.uint8).reshape(-1, 81) for column in text)
+            pairs = np.array([*found.values()][:count]).reshape(count, 2, 81)
+            return pairs[:, 0].copy(), pairs[:, 1].copy()
 
 
 def dig(level, rng):
@@ -866,13 +813,10 @@ SOLUTION_COLUMNS = ("solution", "solutions", "answer")
 
 
 def read_sudoku(path, with_solutions=True, block=2**13):
-    """Return (puzzles uint8 [N, 81], solutions uint8 [N, 81] or None) of a file.
-
-    The format is recognised by the content: CSV with puzzle and solution columns (Kaggle's, RRN's
-    without a header, Sudoku-Extreme's), one puzzle a line (.sdm), or one board in nine rows (.sdk,
-    .ss), each also as gzip. A blank is one of 0.Xx*_. Raises ValueError with the line of what is
-    not a puzzle, repeats a digit or contradicts its solution. `block` lines are parsed at a time.
-    """
+    """Return (puzzles uint8 [N, 81], solutions uint8 [N, 81] or None) of a file, perhaps gzip. The
+    content tells the format: CSV with puzzle and solution columns (Kaggle's, Sudoku-Extreme's,
+    RRN's without a header), one puzzle a line (.sdm), or one board in nine rows (.sdk, .ss). A
+    blank is one of 0.Xx*_. ValueError names the line at fault. `block` lines are parsed at once."""
     lines = puzzle_lines(path)
     number, first = next(lines, (0, ""))
     require(first, f"{path}: is empty; give a puzzle file")
@@ -881,17 +825,18 @@ def read_sudoku(path, with_solutions=True, block=2**13):
     names = [name.strip().lower() for name in first.split(",")]
     grids = [i for i, name in enumerate(names) if re.fullmatch("[0-9.x*_]{81}", name)]
     if grids:  # no header: RRN's files, and one puzzle a line
-        columns = grids[:1], [i for i in grids[1:] if re.fullmatch("[1-9]*", names[i])]
+        columns = grids[:1] + [i for i in grids[1:] if re.fullmatch("[1-9]*", names[i])]
         lines = itertools.chain([(number, first)], lines)
     else:
-        known = PUZZLE_COLUMNS, SOLUTION_COLUMNS
-        columns = [[i for i, name in enumerate(names) if name in some] for some in known]
-        problem = "neither 81 cells nor a header with a puzzle column"
-        require(columns[0], f"{path}: line {number}: {problem}, got {one_line(first)[:60]}")
-    chosen = [column[0] for column in columns[: 1 + with_solutions] if column]
+        puzzle = [i for i, name in enumerate(names) if name in PUZZLE_COLUMNS]
+        solution = [i for i, name in enumerate(names) if name in SOLUTION_COLUMNS]
+        columns = puzzle[:1] + solution[:1]
+        require(puzzle,
+                f"{path}: line {number}: neither 81 cells nor a header with a puzzle column, "
+                f"got {one_line(first)[:60]}")
     parts = []
     while rows := list(itertools.islice(lines, block)):
-        parts.append(parse_rows(path, rows, chosen, len(names)))
+        parts.append(parse_rows(path, rows, columns[: 1 + with_solutions], len(names)))
     require(parts, f"{path}: has a header and no puzzle; give a puzzle file")
     puzzles, *solutions = map(np.concatenate, zip(*parts))
     return puzzles, solutions[0] if solutions else None
@@ -905,83 +850,65 @@ def puzzle_lines(path):
         parts = iter(functools.partial(stream.read, 2**20), "")
         for part in itertools.chain(parts, ["\n"]):
             taken += len(part)
-            problem = f"over {MAX_ARRAY_BYTES:,} bytes of text; split the file"
-            require(taken <= MAX_ARRAY_BYTES, f"{path}: line {number}: {problem}")
-            lines = (rest + part).replace('"', "").split("\n")
-            rest = lines[-1]
-            for text in map(str.strip, lines[:-1]):
+            require(taken <= MAX_ARRAY_BYTES,
+                    f"{path}: line {number}: over {MAX_ARRAY_BYTES:,} bytes of text; "
+                    "split the file")
+            *lines, rest = (rest + part).replace('"', "").split("\n")
+            for text in map(str.strip, lines):
                 if text and text[0] != "#":
                     yield number, text
                 number += 1
-            problem = "too long for a puzzle; give 81 cells a line, or nine rows"
-            require(len(rest) <= MAX_LINE, f"{path}: line {number}: {problem}")
+            require(len(rest) <= MAX_LINE,
+                    f"{path}: line {number}: too long for a puzzle; give 81 cells, or nine rows")
 
 
 def parse_rows(path, rows, columns, count):
-    """Return the checked grids uint8 [n, 81] of each column in [(line number, text)]."""
-    numbers, texts = [number for number, _ in rows], [text for _, text in rows]
-    counts = [text.count(",") + 1 for text in texts]
-    refuse_numbers(path, numbers, counts, count, "columns, the first line")
+    """Return the grids uint8 [n, 81] of the puzzle and solution columns in [(line number, text)].
+    ValueError, with the line, for bad cells, repeated digits and solutions that do not fit."""
+    def refuse(bad, problem):  # bad is bool [n, cells]
+        if bad.any():
+            row, cell = np.argwhere(bad)[0]
+            raise ValueError(f"{path}: line {rows[row][0]}: {problem.format(cell + 1)}")
+
+    for number, text in rows:
+        found = text.count(",") + 1
+        if found != count:
+            raise ValueError(f"{path}: line {number}: has {found} columns, the first line {count}")
     grids = []
-    for column in columns:
-        cells = [text.split(",")[column] for text in texts]
-        refuse_numbers(path, numbers, [*map(len, cells)], 81, "cells, a puzzle has")
-        grids.append(to_cells("".join(cells)).reshape(-1, 81))
-    refuse_grids(path, numbers, *grids)
+    for name, column in zip(("puzzle", "solution"), columns):
+        cells = [text.split(",")[column] for _, text in rows]
+        for (number, _), text in zip(rows, cells):
+            if len(text) != 81:
+                raise ValueError(f"{path}: line {number}: has {len(text)} cells, a puzzle has 81")
+        text = "".join(cells).encode("latin-1", "replace")
+        grids.append(CELL[np.frombuffer(text, np.uint8)].reshape(-1, 81))
+        refuse(grids[-1] > 9, f"cell {{}} of the {name} is none of 1-9 or 0.Xx*_")
+    puzzles, answers = grids[0], grids[-1]
+    if len(grids) > 1:
+        refuse(answers == 0, "cell {} of the solution is blank")
+        refuse((puzzles > 0) & (puzzles != answers), "cell {} of the solution contradicts the clue")
+    # a puzzle repeats no digit if its solution fits and repeats none
+    refuse(~consistent(answers)[:, None], f"a row, column or box of the {name} repeats a digit")
     return grids
 
 
-def to_cells(text):
-    return CELL[np.frombuffer(text.encode("latin-1", "replace"), np.uint8)]
-
-
-def refuse_numbers(path, numbers, found, wanted, what):
-    """ValueError, with the line, for the first of the numbers found that is not the wanted one."""
-    if set(found) != {wanted}:
-        number, got = next(pair for pair in zip(numbers, found) if pair[1] != wanted)
-        raise ValueError(f"{path}: line {number}: has {got} {what} {wanted}")
-
-
 def read_board(path, lines):
-    """Return uint8 [1, 81] of one board in nine rows of [(line number, text)].
-
-    It may be .sdk with headers and sections, .ss with rules between the boxes, or bare.
-    """
-    rows, numbers, in_puzzle = [], [], True
+    """Return uint8 [1, 81] of one board in nine rows of [(line number, text)]: .sdk with headers
+    and sections, .ss with rules between the boxes, or bare."""
+    rows, in_puzzle = [], True
     for number, text in lines:
         cells = text.replace("|", "").replace(" ", "")
         if text[0] == "[":
             in_puzzle = text.lower() == "[puzzle]"
         elif in_puzzle and cells and "--" not in cells:
-            problem = f"a row is nine cells of 1-9 or 0.Xx*_, got {one_line(text)[:50]}"
-            rows.append(to_cells(cells))
-            numbers.append(number)
-            good = len(cells) == 9 and rows[-1].max() < 10
-            require(good, f"{path}: line {number}: {problem}")
-    problem = f"has {len(rows)} rows of cells, a board has 9; or give 81 cells a line"
-    require(len(rows) == 9, f"{path}: {problem}")
-    board = np.concatenate(rows)[None]
-    refuse_grids(path, numbers, board)
-    return board
-
-
-def refuse_grids(path, numbers, puzzles, solutions=None):
-    """ValueError, with the line, for bad cells, repeated digits and solutions that do not fit."""
-    def refuse(bad, problem):
-        if bad.any():
-            row, cell = np.argwhere(bad)[0]
-            raise ValueError(f"{path}: line {numbers[row]}: {problem.format(cell + 1)}")
-
-    name, grids = "puzzle", puzzles
-    refuse(puzzles > 9, "cell {} of the puzzle is none of 1-9 or 0.Xx*_")
-    if solutions is not None:  # if they fit and repeat no digit, neither do the puzzles
-        name, grids = "solution", solutions
-        refuse(solutions > 9, "cell {} of the solution is none of 1-9 or 0.Xx*_")
-        refuse(solutions == 0, "cell {} of the solution is blank")
-        other = (puzzles > 0) & (puzzles != solutions)
-        refuse(other, "cell {} of the solution contradicts the clue")
-    repeats = ~consistent(grids)[:, None]
-    refuse(repeats, f"a row, column or box of the {name} repeats a digit")
+            require(re.fullmatch("[0-9.Xx*_]{9}", cells),
+                    f"{path}: line {number}: a row is nine cells of 1-9 or 0.Xx*_, "
+                    f"got {one_line(text)[:50]}")
+            rows.append((number, cells))
+    require(len(rows) == 9,
+            f"{path}: has {len(rows)} rows of cells, a board has 9; or give 81 cells a line")
+    board = "".join(cells for _, cells in rows)
+    return parse_rows(path, [(rows[0][0], board)], [0], 1)[0]
 
 
 def consistent(grids):
@@ -998,11 +925,9 @@ def consistent(grids):
 
 
 def sudoku_text(suffix, puzzles, solutions=None):
-    """Return grids uint8 [N, 81] as the text of a .csv, .sdm or .sdk file (.sdk: one board).
-
-    .csv has the columns puzzle and solution (empty if unsolved, a grid of zeros). .sdm and .sdk
-    hold the solution if there is one, else the puzzle.
-    """
+    """Return grids uint8 [N, 81] as the text of a .csv, .sdm or .sdk file (.sdk: one board). .csv
+    has the columns puzzle and solution (empty if unsolved, a grid of zeros); .sdm and .sdk hold the
+    solution if there is one, else the puzzle."""
     if solutions is None:
         solutions = np.zeros_like(puzzles)
 
@@ -1031,21 +956,19 @@ def board_lines(board, puzzle):
 
 
 def finish_boards(puzzles, p, max_guesses=0):
-    """Return (answers uint8 [N, 81], texts, [solved, solved by the network alone, guesses]).
-
-    `p` float [N, 81, 9] holds a network's probabilities for puzzles uint8 [N, 81]. Up to
-    `max_guesses` guesses a puzzle search for its solution and prove that it is the only one; with 0
-    the network's board counts as it is. Answers are zeros where a puzzle is not solved.
-    """
+    """Return (answers uint8 [N, 81], texts, [solved, solved by the network alone, guesses]) from a
+    network's probabilities `p` float [N, 81, 9] for puzzles uint8 [N, 81]. Up to `max_guesses` each
+    search for the solution and prove it the only one; with 0 the network's board counts as it is.
+    Answers are zeros where a puzzle is not solved."""
     boards = p.argmax(2).astype(np.uint8) + 1
     alone = solved = consistent(boards)  # all cells are filled and clues kept: the rules decide
-    verdicts, total = np.where(alone, "solved", "not solved").astype(object), 0
+    verdicts, total = np.where(alone, "solved", "not solved"), 0
     if max_guesses:
         found, number, guesses = solve(puzzles, p, max_guesses=max_guesses)
         solved, total = number == 1, guesses.sum()
         boards = np.where(number[:, None] > 0, found, puzzles)
-        by = np.where(alone, "the network alone", "search")
-        verdicts = np.array([f"solved by {how}, {n:,} guesses" for how, n in zip(by, guesses)], object)
+        verdicts = np.where(alone, "solved by the network alone", "solved by search").astype(object)
+        verdicts += [f", {n:,} guesses" for n in guesses]
         verdicts[number == 0] = "impossible: no solution"
         verdicts[number > 1] = "ambiguous: several solutions"
         verdicts[number < 0] = "undecided: too many guesses"
@@ -1055,26 +978,20 @@ def finish_boards(puzzles, p, max_guesses=0):
     return np.where(solved[:, None], boards, 0), texts, counts
 
 
-GENERATED = {  # puzzles of each level
-    "train": (4000, 4000, 300),
-    "val": (150, 150, 100),
-    "test": (300, 300, 100),
-}
+# puzzles of each level
+GENERATED = {"train": (4000, 4000, 300), "val": (150, 150, 100), "test": (300, 300, 100)}
 
 
 def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=".cache"):
     """Return the `Data` of Sudoku puzzles: generated ones (None), a file, or a folder of splits.
-
-    Images are puzzles uint8 [N, 81], 0 a blank. Labels are uint8 [N, 82]: the digit of a blank and
-    0 for a clue, and last the level (`grade`). No validation or test puzzle shares its solution
-    with a training puzzle, up to every symmetry of Sudoku (`symmetry_class`). Duplicates are
-    dropped and counted in the description. ValueError if a puzzle of another split is in train too.
-    """
+    Images are puzzles uint8 [N, 81], 0 a blank. Labels are uint8 [N, 82]: the digit of a blank, 0
+    for a clue, and last the level (`grade`). No validation or test puzzle shares its solution with
+    a training puzzle, up to symmetry; the description counts what is dropped."""
     sets, notes = generated(Path(cache_dir)) if source is None else read_splits(source), []
     for name, grids in sets.items():
         kept = np.sort(np.unique(row_hash(grids[0]), return_index=True)[1])
-        if len(kept) < len(grids[0]):
-            notes.append(f"{len(grids[0]) - len(kept):,} duplicates dropped from {name}")
+        if count := len(grids[0]) - len(kept):
+            notes.append(f"{count:,} duplicates dropped from {name}")
         if 0 < max_samples < len(kept):
             rng = np.random.default_rng(mix(seed, len(kept)))
             kept = np.sort(rng.choice(kept, max_samples, replace=False))
@@ -1084,22 +1001,20 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
         rows, classes = row_hash(train[0]), symmetry_class(train[1])
     for name, grids in sets.items():
         for twin in np.flatnonzero(np.isin(row_hash(grids[0]), rows)):
-            problem = f"puzzle {twin + 1} of {name} is in train too; remove it from one"
-            raise ValueError(f"{source}: {problem}")
+            raise ValueError(f"{source}: puzzle {twin + 1} of {name} is in train too; remove it")
         new = ~np.isin(symmetry_class(grids[1]), classes)
-        problem = f"every solution of {name} is one of train's, up to symmetry; give others"
-        require(new.any(), f"{source}: {problem}")
-        if not new.all():
-            dropped = f"{(~new).sum():,} of {name} dropped"
-            notes.append(f"{dropped}, solved like one of train up to symmetry")
+        require(new.any(),
+                f"{source}: every solution of {name} is one of train's up to symmetry; give others")
+        if count := (~new).sum():
+            notes.append(f"{count:,} of {name} dropped, solved like one of train up to symmetry")
         sets[name] = [grid[new] for grid in grids]
     if "val" not in sets and val_fraction > 0:
         _, members = np.unique(classes, return_inverse=True)
         order = np.random.default_rng(mix(seed, 2)).permutation(members.max() + 1)
         place = order[members]  # whole classes go to val, in random order
         val = place <= np.searchsorted(np.cumsum(np.bincount(place)), len(place) * val_fraction)
-        problem = "too few different solution grids; give more"
-        require(not val.all(), f"--val_fraction {val_fraction}: {problem}")
+        require(not val.all(),
+                f"--val_fraction {val_fraction}: too few different solution grids; give more")
         train, sets["val"] = ([grid[rows] for grid in train] for rows in (~val, val))
     splits = {}
     for name, (puzzles, solutions) in {"train": train, **sets}.items():
@@ -1113,9 +1028,9 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
 def generated(cache_dir):
     """Return {split: (puzzles, solutions)} of GENERATED, kept in `cache_dir` once made."""
     path = cache_dir / f"sudoku-{mix(*GENERATED.items(), 'generator 1, stacked'):x}.npz"
-    with contextlib.suppress(Exception):  # a missing or damaged file is written again
-        with np.load(path, allow_pickle=False) as kept:
-            return {name: tuple(kept[name]) for name in GENERATED}
+    # a missing or damaged file is written again
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as kept:
+        return {name: tuple(kept[name]) for name in GENERATED}
     sets = {}
     for seed, (name, counts) in enumerate(GENERATED.items()):
         levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
@@ -1131,12 +1046,13 @@ def read_splits(source):
     named = [(p.name.split(".")[0].lower(), p) for p in sorted(path.glob("*")) if p.is_file()]
     named = [(SPLIT_NAMES[name], inside(p, path)) for name, p in named if name in SPLIT_NAMES]
     files = {"train": path} if path.is_file() else dict(named)
-    wanted = "needs train.csv, perhaps val.csv and test.csv (or .gz, .sdm), each once"
-    require("train" in files and len(files) >= len(named), f"{path}: {wanted}")
-    sets = {name: read_sudoku(p) for name, p in files.items()}
-    for name, (_, solutions) in sets.items():
-        problem = "has no solutions; it can be predicted, not trained or evaluated on"
-        require(solutions is not None, f"{files[name]}: {problem}")
+    require("train" in files and len(files) >= len(named),
+            f"{path}: needs train.csv, perhaps val.csv and test.csv (or .gz, .sdm), each once")
+    sets = {}
+    for name, file in files.items():
+        sets[name] = read_sudoku(file)
+        require(sets[name][1] is not None,
+                f"{file}: has no solutions; it can be predicted, not trained or evaluated on")
     return sets
 
 
@@ -1150,13 +1066,10 @@ def row_hash(rows):
 
 
 def symmetry_class(solutions):
-    """Return uint64 [N]: equal for grids uint8 [N, 81] that a symmetry maps to each other.
-
-    Symmetries relabel, permute and transpose. Two rows of a band, read column by column, map digits
-    to digits, and two digits, read row by row, map columns to columns: permutations whose cycle
-    lengths no symmetry changes. The class combines those of all pairs. It is an invariant, not a
-    canonical form, but no two of 22,000 random grids shared one.
-    """
+    """Return uint64 [N]: equal for grids uint8 [N, 81] that a symmetry maps to each other. Two rows
+    of a band map digits to digits, and two digits map columns to columns: permutations whose cycle
+    lengths no relabelling, permutation or transposition changes. The class combines those of all
+    pairs. It is no canonical form, but no two of 22,000 random grids shared one."""
     if len(solutions) > 16_384:
         return in_chunks(symmetry_class, solutions, 16_384)
 
@@ -1178,13 +1091,10 @@ def symmetry_class(solutions):
 
 
 def cycle_code(a, b):
-    """Return int64 [N]: the cycle lengths of the permutations that map a[n, i] to b[n, i].
-
-    They permute 0 to 8 and leave no element in its place.
-    """
+    """Return int64 [N]: the cycle lengths of the permutations of 0 to 8 that map a[n] to b[n]."""
     step = np.take_along_axis(b, a.argsort(1), 1)
     power, code = step, np.zeros(len(step), np.int64)
-    for _ in range(3):  # how many elements return after 2, 3 and 4 steps
+    for _ in range(3):  # how many elements return after 2, 3 and 4 steps; none does after 1
         power = np.take_along_axis(step, power, 1)
         code = code * 10 + (power == np.arange(9)).sum(1)
     return code
@@ -1223,25 +1133,25 @@ def stratified(labels, count, seed):
 
 def set_aside(split, fraction, seed):
     """Return (train, val): `fraction` of each class, at least one, in val; a single one in train.
-
-    The parts share the images through `Rows`; nothing is copied.
-    """
+    The parts share the images through `Rows`; nothing is copied."""
     rng = np.random.default_rng(mix(seed, 1))
     val = np.zeros(len(split), bool)
     for label in np.unique(split.labels):
         rows = rng.permutation(np.flatnonzero(split.labels == label))
         count = max(1, round(len(rows) * fraction))
         val[rows[: min(len(rows) - 1, count)]] = True
-    problem = f"leaves no validation image of {len(split)}; give more data"
-    require(val.any(), f"--val_fraction {fraction}: {problem}")
+    require(val.any(),
+            f"--val_fraction {fraction}: leaves no validation image of {len(split)}; give more")
     parts = [np.flatnonzero(rows) for rows in (~val, val)]
     return tuple(Split(Rows(split.images, rows), split.labels[rows]) for rows in parts)
 
 
 class Rows:
-    """Some rows of an array or memory map [N, ...], read only when indexed."""
+    """Some rows of an array, memory map or its file [N, ...], read only when indexed."""
 
     def __init__(self, array, rows):
+        if isinstance(array, Path):
+            array = np.load(array, mmap_mode="r", allow_pickle=False)
         if isinstance(array, Rows):
             array, rows = array.array, array.rows[rows]
         self.array, self.rows = array, rows
@@ -1254,24 +1164,18 @@ class Rows:
     def __getitem__(self, index):
         return self.array[self.rows[index]]
 
-    def __getstate__(self):
+    def __reduce__(self):
         """Pickle a memory map as its file name: a spawned worker would be sent all its pixels."""
         mapped = isinstance(self.array, np.memmap)
-        return {**vars(self), "array": Path(self.array.filename) if mapped else self.array}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        if isinstance(self.array, Path):
-            self.array = np.load(self.array, mmap_mode="r", allow_pickle=False)
+        return Rows, (Path(self.array.filename) if mapped else self.array, self.rows)
 
 
 def pixel_statistics(images, most=10_000):
     """Return (mean, std) by channel in [0, 1] of at most `most` images; std at least 1/255."""
-    step = max(1, math.ceil(len(images) / most))
+    step = math.ceil(len(images) / most)
     counts = np.zeros((images.shape[-1], 256), np.int64)
-    chosen = np.arange(0, len(images), step)
-    for start in range(0, len(chosen), 500):
-        part = np.asarray(images[chosen[start : start + 500]])
+    for start in range(0, len(images), 500 * step):
+        part = images[start : start + 500 * step : step]
         for channel in range(len(counts)):
             counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
     values = np.arange(256) / 255
@@ -1285,11 +1189,8 @@ def pixel_statistics(images, most=10_000):
 
 
 def uniform(index, seed, epoch, draws):
-    """Return float32 [B, draws] in [0, 1), a function of (seed, epoch, index) for each sample.
-
-    It is the finaliser of SplitMix64 (Steele et al. 2014) on a counter, in wrapping int64
-    arithmetic: a sample draws the same in any batch, order, worker or process.
-    """
+    """Return float32 [B, draws] in [0, 1), a function of (seed, epoch, index) for each sample: the
+    finaliser of SplitMix64 (Steele et al. 2014) on a counter, in wrapping int64 arithmetic."""
     # one counter for every (sample, draw); the 63-bit key separates seeds and epochs
     z = index.cpu()[:, None] * draws + torch.arange(draws) + 1
     z = z * -7046029254386353131 + mix(seed, epoch, draws)  # the golden ratio's odd 64-bit constant
@@ -1301,12 +1202,10 @@ def uniform(index, seed, epoch, draws):
 def augment(images, index, seed, epoch, image_size, mean, std,
             crop_padding=4, flip=True, min_crop_area=0.35, cutout=0):
     """Return normalised float32 [B, C, image_size, image_size] from square uint8 [B, H, W, C].
-
     Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
     3/4 to 4/3; Szegedy et al. 2015), others a crop after padding by reflection. Half are mirrored,
     in the next epoch the other half (Jordan 2024, arXiv:2404.00498). A square of `cutout` px
-    becomes the mean (DeVries & Taylor 2017; 0: off). Each sample has its own draws: see `uniform`.
-    """
+    becomes the mean (DeVries & Taylor 2017; 0: off). Each sample has its own draws (`uniform`)."""
     assert images.shape[1] == images.shape[2] >= image_size, (images.shape, image_size)
     u = uniform(index, seed, epoch, 8)
     mirrored = flip & ((uniform(index, seed, 0, 8)[:, 4] < 0.5) ^ bool(epoch % 2))
@@ -1322,27 +1221,21 @@ def padded_crop(images, u, mirrored, padding):
     batch, height, width, channels = images.shape
     x, p, device = images, padding, images.device
     if p:
-        padded = images.new_empty(batch, height + 2 * p, width + 2 * p, channels)
-        padded[:, p:-p, p:-p] = images
-        padded[:, p:-p, :p] = images[:, :, 1 : p + 1].flip(2)
-        padded[:, p:-p, -p:] = images[:, :, -p - 1 : -1].flip(2)
-        padded[:, :p] = padded[:, p + 1 : 2 * p + 1].flip(1)
-        padded[:, -p:] = padded[:, -2 * p - 1 : -p - 1].flip(1)
-        # strided view [B, H + 2p, 2p + 1, W * C], then one index: 4 times as fast as a gather
-        rows = padded.view(batch, height + 2 * p, -1).unfold(2, width * channels, channels)
+        sides = images[:, :, 1 : p + 1].flip(2), images[:, :, -p - 1 : -1].flip(2)
+        padded = torch.cat([sides[0], images, sides[1]], 2)
+        # strided view [B, H, 2p + 1, W * C], then one index: 4 times as fast as a gather
+        windows = padded.view(batch, height, -1).unfold(2, width * channels, channels)
         top, left = (u[:, :2] * (2 * p + 1)).long().to(device)[:, :, None].unbind(1)  # [B, 1]
-        place = torch.arange(batch, device=device)[:, None]
-        x = rows[place, top + torch.arange(height, device=device), left].view(images.shape)
+        row = (top - p + torch.arange(height, device=device)).abs()  # [B, H], reflected at the top
+        row = row.minimum(2 * height - 2 - row)  # and at the bottom
+        x = windows[torch.arange(batch, device=device)[:, None], row, left].view(images.shape)
     index = mirrored.nonzero()[:, 0].to(device)
     return x.index_copy(0, index, x.index_select(0, index).flip(2))
 
 
 def resized_crop(images, u, mirrored, size, min_area):
-    """Return uint8 [B, size, size, C]: a random box, by u[:, 0:4], of each image, antialiased.
-
-    One image at a time: for bytes on a CPU 10 times as fast as grid_sample. Other devices use
-    floats.
-    """
+    """Return uint8 [B, size, size, C]: a random box, by u[:, 0:4], of each image, antialiased. One
+    at a time it is 10 times as fast as grid_sample for bytes on a CPU; other devices use floats."""
     batch, height, width, channels = images.shape
     area = min_area + (1 - min_area) * u[:, 0]
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
@@ -1396,13 +1289,10 @@ def centre(images, image_size, mean, std):
 
 
 def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0.0):
-    """Return float [B, C, H, W] mixed in pairs, and their soft targets float32 [B, classes].
-
-    Mixup (Zhang et al. 2018) averages a sample and a partner of its batch by a share from
-    Beta(mixup, mixup). CutMix (Yun et al. 2019) pastes a box of the partner, clipped to the image.
-    Labels int64 [B] get the shares that are seen. If both are above 0, each sample gets one of them
-    at random. All draws, the shares too, are a function of (seed, epoch, index of the whole batch).
-    """
+    """Return float [B, C, H, W] mixed in pairs, and their soft targets float32 [B, classes]. Mixup
+    (Zhang et al. 2018) averages a sample and a partner by a share from Beta(mixup, mixup). CutMix
+    (Yun et al. 2019) pastes a box of the partner, clipped to the image. Labels int64 [B] get the
+    shares that are seen. With both, each sample gets one of them. `index` is the whole batch's."""
     batch, sides = len(inputs), inputs.shape[2:]
     rng = np.random.default_rng(mix(seed, epoch, index.tolist()))
     partner = rng.permutation(batch)
@@ -1414,10 +1304,9 @@ def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0
     low, high = (place - half).round().clip(0), (place + half).round().clip(max=sides)
     own = np.where(boxed, 1, share)  # outside the box
     share = own * (1 - (high - low).prod(1) / math.prod(sides))
-    rows, columns = (
-        (np.arange(side) >= low[:, i, None]) & (np.arange(side) < high[:, i, None])
-        for i, side in enumerate(sides)
-    )
+    y, x = map(np.arange, sides)
+    rows = (y >= low[:, :1]) & (y < high[:, :1])
+    columns = (x >= low[:, 1:]) & (x < high[:, 1:])
     drawn = (partner, np.float32(own), np.float32(share)[:, None], ~rows, ~columns)
     partner, own, share, rows, columns = (torch.from_numpy(x).to(inputs.device) for x in drawn)
     outside = rows[:, None, :, None] | columns[:, None, None, :]  # [B, 1, H, W]
@@ -1428,20 +1317,17 @@ def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0
 
 
 def image_views(inputs):
-    """Yield (view, weight) of float [B, C, H, W] for test-time augmentation.
-
-    The views are the image and, with half its weight each, the image moved by one px to the lower
-    right and to the upper left; each also mirrored (Jordan 2024, arXiv:2404.00498).
-    """
+    """Yield (view, weight) of float [B, C, H, W] for test-time augmentation: the image and, at half
+    its weight, two moved by one px; each also mirrored (Jordan 2024, arXiv:2404.00498)."""
     _, _, height, width = inputs.shape
     padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
-    moved = [padded[:, :, i : i + height, i : i + width] for i in (0, 2)]
-    memory_format = torch.contiguous_format
-    if inputs.is_contiguous(memory_format=torch.channels_last):
-        memory_format = torch.channels_last
-    for view, weight in ((inputs, 0.25), (moved[0], 0.125), (moved[1], 0.125)):
+    right, left = (padded[:, :, i : i + height, i : i + width] for i in (0, 2))
+    layout = torch.channels_last
+    if not inputs.is_contiguous(memory_format=layout):
+        layout = torch.contiguous_format
+    for view, weight in ((inputs, 0.25), (right, 0.125), (left, 0.125)):
         for image in (view, view.flip(3)):
-            yield image.contiguous(memory_format=memory_format), weight
+            yield image.contiguous(memory_format=layout), weight
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -1474,31 +1360,30 @@ class Gather(torch.utils.data.Dataset):
 
 
 def batches(split, device, resident_bytes=2**30, workers=None, timeout=600):
-    """Return a function fetch(pieces) that yields (images, labels, index int64 [B] on the CPU).
-
-    `pieces` are tensors of indices, one for each batch. A split of at most `resident_bytes` is
-    moved to the device once. A larger one, or any if `workers` is given, goes through a DataLoader,
-    whose workers may be silent for `timeout` seconds. Both give the same batches.
-    """
+    """Return fetch(pieces), which yields (images, labels, index int64 [B] on the CPU) for each
+    tensor of indices. A split of at most `resident_bytes` is moved to the device once. A larger
+    one, or any if `workers` is given, goes through a DataLoader, whose workers may be silent for
+    `timeout` seconds. Both give the same batches."""
     if workers is None and split.images.nbytes <= resident_bytes:
         images = torch.from_numpy(np.array(split.images[np.arange(len(split))])).to(device)
         labels = torch.from_numpy(split.labels).to(device)
-        return functools.partial(take_rows, images, labels)
+
+        def fetch(pieces):
+            for index in pieces:
+                rows = index.to(device)  # images[rows] would take 15 times as long
+                yield images.index_select(0, rows), labels[rows], index
+
+        return fetch
     if workers is None:  # a spawned worker would be sent a copy of what is in memory
         mapped = isinstance(getattr(split.images, "array", split.images), np.memmap)
         workers = min(4, os.cpu_count() or 1) if mapped else 0
     sampler = []  # refilled by each call, so that workers persist over epochs
     loader = DataLoader(
-        Gather(split),
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # else each pass would draw from the generator of dropout
-        worker_init_fn=ignore_signals,
+        Gather(split), sampler=sampler, batch_size=None, num_workers=workers,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
         timeout=timeout if workers else 0,
+        generator=torch.Generator(),  # else each pass would draw from the generator of dropout
     )
 
     def fetch(pieces):
@@ -1507,10 +1392,3 @@ def batches(split, device, resident_bytes=2**30, workers=None, timeout=600):
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index
 
     return fetch
-
-
-def take_rows(images, labels, pieces):
-    """Yield (images, labels, index) of tensors; images[rows] would take 15 times as long."""
-    for index in pieces:
-        rows = index.to(images.device)
-        yield images.index_select(0, rows), labels[rows], index
