@@ -28,6 +28,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+    files: np.ndarray = ()  # names of the pictures' files, if they come from a folder
 
     def __len__(self):
         return len(self.labels)
@@ -94,6 +96,8 @@ def load(source, image_size=0, val_fraction=0.1, max_samples=0, seed=0, cache_di
             splits[name] = Split(split.images[rows], split.labels[rows])
     if "val" not in splits and val_fraction > 0:
         splits["train"], splits["val"] = set_aside(splits["train"], val_fraction, seed)
+        text = f"{data.description}; val is {val_fraction:.0%} of each class of train"
+        data = replace(data, description=text)
     mean, std = pixel_statistics(splits["train"].images)
     return replace(data, splits=splits, mean=mean, std=std)
 
@@ -494,9 +498,14 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     splits, start = {}, 0
     for name, rows in files.items():
         labels = np.array([label for _, label in rows], np.int64)
-        splits[name] = Split(Rows(images, np.arange(start, start + len(rows))), labels)
+        names = np.array([path.name for path, _ in rows])
+        splits[name] = Split(Rows(images, np.arange(start, start + len(rows))), labels, names)
         start += len(rows)
-    return Data(splits, classes, image_size, f"{root.resolve().name} (image folder)")
+    others = [path.suffix.lower() for path in root.rglob("[!.]*") if path.is_file()]
+    others = Counter(suffix for suffix in others if suffix not in IMAGE_SUFFIXES).most_common(5)
+    passed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others)
+    description = f"{root.resolve().name} (image folder)"
+    return Data(splits, classes, image_size, description + f"; passed over {passed}" * bool(passed))
 
 
 def import_pillow():
@@ -551,6 +560,14 @@ def decode_image(path, size):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)
+
+
+def framed(path, stored_size, image_size):
+    """Return uint8 [image_size, image_size, 3]: a picture as evaluation and prediction see it, the
+    middle of its centre square at `stored_size`; for programs that `--export` wrote."""
+    start = (stored_size - image_size) // 2
+    middle = slice(start, start + image_size)
+    return decode_image(path, stored_size)[middle, middle].copy()
 
 
 def decode_all(paths, size):
@@ -1143,7 +1160,9 @@ def set_aside(split, fraction, seed):
     require(val.any(),
             f"--val_fraction {fraction}: leaves no validation image of {len(split)}; give more")
     parts = [np.flatnonzero(rows) for rows in (~val, val)]
-    return tuple(Split(Rows(split.images, rows), split.labels[rows]) for rows in parts)
+    names = [np.asarray(split.files)[rows] if len(split.files) else () for rows in parts]
+    return tuple(Split(Rows(split.images, rows), split.labels[rows], files)
+                 for rows, files in zip(parts, names))
 
 
 class Rows:
@@ -1200,12 +1219,13 @@ def uniform(index, seed, epoch, draws):
 
 
 def augment(images, index, seed, epoch, image_size, mean, std,
-            crop_padding=4, flip=True, min_crop_area=0.35, cutout=0):
+            crop_padding=4, flip=True, min_crop_area=0.35, cutout=0, color_jitter=0.0):
     """Return normalised float32 [B, C, image_size, image_size] from square uint8 [B, H, W, C].
     Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
     3/4 to 4/3; Szegedy et al. 2015), others a crop after padding by reflection. Half are mirrored,
     in the next epoch the other half (Jordan 2024, arXiv:2404.00498). A square of `cutout` px
-    becomes the mean (DeVries & Taylor 2017; 0: off). Each sample has its own draws (`uniform`)."""
+    becomes the mean (DeVries & Taylor 2017; 0: off). For `color_jitter` see `jittered`. Each sample
+    has its own draws (`uniform`)."""
     assert images.shape[1] == images.shape[2] >= image_size, (images.shape, image_size)
     u = uniform(index, seed, epoch, 8)
     mirrored = flip & ((uniform(index, seed, 0, 8)[:, 4] < 0.5) ^ bool(epoch % 2))
@@ -1213,6 +1233,8 @@ def augment(images, index, seed, epoch, image_size, mean, std,
         x = resized_crop(images, u, mirrored, image_size, min_crop_area)
     else:
         x = padded_crop(images, u, mirrored, crop_padding)
+    if color_jitter and x.shape[3] == 3:
+        x = jittered(x, uniform(index, mix(seed, "colour"), epoch, 3), color_jitter)
     return normalise(x, mean, std, cutout_mask(u, image_size, cutout, x) if cutout else None)
 
 
@@ -1254,6 +1276,23 @@ def resized_crop(images, u, mirrored, size, min_area):
         box = box[0].permute(1, 2, 0)
         out[i] = box.flip(1) if mirrored[i] else box
     return out
+
+
+def jittered(images, u, strength):
+    """Return float32 [B, H, W, 3] in 0 to 255: brightness, contrast and saturation of each image
+    changed by factors of 1 - strength to 1 + strength, from u [B, 3], as torchvision's ColorJitter."""
+    factors = (1 + strength * (2 * u - 1)).to(images.device)
+    brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
+    x = (images.float() * brightness).clamp(0, 255)
+    mean = grey(x).mean((1, 2, 3), keepdim=True)
+    x = mean.lerp(x, contrast).clamp(0, 255)
+    return grey(x).lerp(x, saturation).clamp(0, 255)
+
+
+def grey(images):
+    """Return the luma [B, H, W, 1] of float [B, H, W, 3] (ITU-R 601)."""
+    red, green, blue = images.unbind(3)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[..., None]
 
 
 def cutout_mask(u, size, side, x):

@@ -451,18 +451,19 @@ class SudokuGNN(nn.Module):
 # ----------------------------------------------------------------------------- losses and building
 
 
-def image_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0):
+def image_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, weights=None):
     """Cross-entropy summed over the batch, a float32 scalar, of logits float [B, K].
 
     Labels are classes int64 [B] or probabilities float [B, K]. `focal_gamma` weighs each class's
-    term by (1 - p)^gamma (Lin et al. 2017).
+    term by (1 - p)^gamma (Lin et al. 2017), `weights` [K] by a factor.
     """
-    logits, classes = logits.float(), logits.shape[-1]
+    logits, classes, smoothing = logits.float(), logits.shape[-1], label_smoothing
     if not focal_gamma:
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
     log_p = F.log_softmax(logits, -1)
     target = labels if labels.is_floating_point() else F.one_hot(labels, classes)
-    target = (1 - label_smoothing) * target + label_smoothing / classes
+    target = (1 - smoothing) * target + smoothing / classes
+    target = target if weights is None else target * weights
     return -(target * focus(log_p, focal_gamma) * log_p).sum()
 
 

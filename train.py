@@ -69,8 +69,21 @@ NEEDS = {  # flag -> it needs one of these
     "output": list(OUTPUTS), "predict": ["input"], "export": ["output"], "copy": ["output"],
     "swa_lr": ["swa_start_epoch"],
 }
-IMAGE_FLAGS = set("image_size crop_padding flip min_crop_area cutout label_smoothing pretrained mixup "
-                  "cutmix freeze_epochs".split())
+IMAGE_FLAGS = set("image_size crop_padding flip min_crop_area color_jitter cutout label_smoothing "
+                  "class_weights pretrained mixup cutmix freeze_epochs".split())
+ALIASES = dict(pair.split(":") for pair in (  # of timm, Hugging Face, Lightning, fastai, ultralytics
+    "learning_rate:lr base_lr:lr lr0:lr sched:scheduler lr_scheduler:scheduler lr_scheduler_type:scheduler "
+    "wd:weight_decay opt:optimizer optim:optimizer fp16:amp bf16:amp precision:amp mixed_precision:amp "
+    "half:amp gradient_accumulation_steps:accumulation_steps grad_accum_steps:accumulation_steps "
+    "accumulate_grad_batches:accumulation_steps max_epochs:epochs num_epochs:epochs "
+    "num_train_epochs:epochs weights:pretrained initial_checkpoint:pretrained warmup:warmup_epochs "
+    "warmup_ratio:warmup_epochs warmup_steps:warmup_epochs clip_grad:clip_grad_norm "
+    "max_grad_norm:clip_grad_norm gradient_clip_val:clip_grad_norm bs:batch_size batch:batch_size "
+    "per_device_train_batch_size:batch_size num_workers:workers imgsz:image_size img_size:image_size "
+    "input_size:image_size patience:early_stopping smoothing:label_smoothing model_ema_decay:ema_decay "
+    "arch:model model_kwargs:model_args data_dir:data dataset:data name:run_name output_dir:run_name "
+    "torchcompile:compile grad_checkpointing:checkpoint_activations report_to:tensorboard "
+    "drop:model_args dropout:model_args drop_path:model_args log_wandb:wandb").split())
 FREE_ON_RESUME = set("device workers save_every tensorboard wandb quiet run_name cache_dir data "
                      "memory_gb checkpoint_activations timeout".split())
 
@@ -85,37 +98,46 @@ def build_parser():
     at_least_0, above_0 = num(float, 0), num(float, 0, open_low=True)
     share, alpha = num(float, 0, 1, open_high=True), num(float, 0, 100)
     groups = {  # (flag, type or choices, default, what it is)
+        "most used": (
+            ("data", path, None, "folder of class folders, or IDX, CIFAR, NPZ or puzzle files; else built-in data"),
+            ("config", str, None, "preset of configs.json, such as finetune; other flags override it"),
+            ("model", list(models.MODELS), "efficientnet_b0", "network to train"),
+            ("pretrained", path, None, "file of weights to start from; without one: official EfficientNet-B0"),
+            ("epochs", positive, 10, "passes over the training split"),
+            ("batch_size", num(int, 1, word="auto"), 16, "samples at once; auto: what fits in memory"),
+            ("lr", num(float, 0, open_low=True, word="auto"), None, "peak learning rate; auto: by a range test"),
+            ("device", str, "auto", "device to train on: auto, cuda, cuda:N, mps or cpu"),
+            ("run_name", utils.run_name, None, "name of the run's folder under runs/; else model and time"),
+            ("resume", lambda text: text and path(text), None, "name of the run to go on with; without one: the last"),
+        ),
         "data": (
-            ("data", path, None, "class folders, IDX, CIFAR, NPZ or puzzle files; else built-in data"),
             ("image_size", size, 0, "side of the images in px; 0: by the source"),
             ("val_fraction", share, 0.1, "share of each class for validation, if there is no split"),
             ("max_samples", count, 0, "size of a subset of each split; 0: all"),
             ("workers", num(int, 0, 64), None, "loader processes; default: 0 for data in memory"),
             ("cache_dir", path, ".cache", "folder for decoded image folders"),
-            ("crop_padding", num(int, 0, 256), 4, "padding in px before a random crop"),
+            ("crop_padding", num(int, 0, 256), 4, "padding in px before a random crop of small images"),
             ("flip", switch, None, "random mirroring; else for colour images only"),
-            ("min_crop_area", num(float, 0, 1, True), 0.35, "smallest area of a resized crop"),
+            ("min_crop_area", num(float, 0, 1, True), 0.35, "smallest share of the area in a random crop"),
+            ("color_jitter", share, 0.0, "strength of random brightness, contrast, saturation"),
             ("cutout", size, 0, "side in px of the erased square; 0: off"),
             ("mixup", alpha, 0.0, "Beta parameter of Mixup; 0: off"),
             ("cutmix", alpha, 0.0, "Beta parameter of CutMix; with --mixup: one of both; 0: off"),
             ("val_every", num(int, 1, word="adaptive"), 1, "epochs between validations, or adaptive"),
         ),
         "model": (
-            ("model", list(models.MODELS), "efficientnet_b0", "network"),
             ("model_args", str, [], "KEY=VALUE arguments of the network, such as widths=24,64,256,256"),
-            ("pretrained", path, None, "file of weights to start from; alone: the official B0"),
-            ("focal_gamma", at_least_0, 0.0, "exponent of the focal loss; 0: off"),
+            ("focal_gamma", at_least_0, 0.0, "exponent gamma of the focal loss; 0: off"),
             ("label_smoothing", share, 0.0, "share of the target spread over all classes"),
+            ("class_weights", ["off", "balanced"], "off", "loss weights by inverse class frequency"),
         ),
         "training": (
-            ("epochs", positive, 10, "passes over the training split"),
-            ("batch_size", num(int, 1, word="auto"), 16, "samples of a micro-batch; auto: what fits"),
+            ("min_steps", count, 0, "least steps of a run: small sets get smaller batches, more epochs"),
             ("accumulation_steps", positive, 1, "micro-batches of a step"),
             ("effective_batch", positive, None, "samples of a step, in place of accumulation steps"),
             ("clip_grad_norm", at_least_0, 0.0, "largest gradient norm; 0: no clipping"),
             ("optimizer", list(models.LEARNING_RATES), None, "default: muon for Sudoku, adamw for images"),
-            ("lr", num(float, 0, open_low=True, word="auto"), None, "peak rate; auto: by range test"),
-            ("weight_decay", at_least_0, 0.01, "decay of matrices and filters"),
+            ("weight_decay", at_least_0, 0.01, "weight decay of matrices and filters"),
             ("momentum", share, 0.9, "momentum of sgd and muon, beta1 of adamw"),
             ("ema_decay", share, 0.0, "decay of the weights' moving average; 0: none"),
             ("swa_start_epoch", count, 0, "first epoch of the SWA mean; 0: none"),
@@ -131,27 +153,23 @@ def build_parser():
             ("warmup_epochs", at_least_0, 0.0, "epochs of linear warm-up, except for onecycle"),
         ),
         "machine": (
-            ("device", str, "auto", "auto, cuda, cuda:N, mps or cpu"),
-            ("amp", ["auto", "True", "False", "fp16", "bf16"], "auto", "mixed precision"),
+            ("amp", ["auto", "True", "False", "fp16", "bf16"], "auto", "mixed precision; auto: if it is fast here"),
             ("channels_last", switch, True, "memory format of images and filters"),
             ("memory_gb", above_0, None, "limit of GPU memory in GB; on a CPU: of --batch_size auto"),
             ("checkpoint_activations", switch, False, "activations computed twice, to save memory"),
             ("deterministic", switch, True, "deterministic cuDNN, for bitwise resume"),
             ("timeout", above_0, 600.0, "longest silence in s of a loader worker or process"),
             # no CUDA graphs: they would reuse the memory of accumulated gradients
-            ("compile", ["off", "default", "max-autotune-no-cudagraphs"], "off", "torch.compile mode"),
+            ("compile", ["off", "default", "max-autotune-no-cudagraphs"], "off", "mode of torch.compile"),
         ),
         "run": (
-            ("run_name", utils.run_name, None, "folder under runs/; else model and time"),
             ("save_every", count, 0, "steps between saves; 0: one save after each epoch"),
-            ("resume", lambda text: text and path(text), None, "run to go on with; else the last"),
             ("early_stopping", count, 0, "patience in validations; 0: off"),
             ("min_delta", at_least_0, 0.0, "smallest change that is an improvement"),
             ("monitor", str, None, "metric for best.pt and patience, such as val_loss"),
             ("tensorboard", switch, False, "scalars for TensorBoard"),
             ("wandb", switch, False, "scalars for Weights & Biases"),
             ("quiet", switch, False, "no progress bars"),
-            ("config", str, None, "preset of configs.json; flags override it"),
         ),
         "other modes": (
             ("find_lr", switch, False, "learning-rate range test"),
@@ -159,7 +177,7 @@ def build_parser():
             ("predict", path, None, "predictions of a checkpoint for --input; alone: Sudoku"),
             ("export", path, None, "program of a checkpoint, written to --output"),
             ("copy", str, None, "functions of the kit with all they need, written to --output"),
-            ("tta", switch, False, "average over six views of an image (--evaluate, --predict)"),
+            ("tta", switch, False, "average over six views of each image (--evaluate, --predict)"),
             ("input", path, None, "pictures, folders, globs, or a file of puzzles"),
             ("search", switch, False, "proved solutions of what the network does not solve"),
             ("output", path, None, "file of --find_lr, --evaluate, --predict, --export or --copy"),
@@ -167,7 +185,11 @@ def build_parser():
     }
     alone = {"pretrained": "official", "amp": "True", "compile": "default", "resume": "",
              "predict": str(WEIGHTS)}  # the value of a flag without one
-    parser = utils.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    description, examples, _ = __doc__.split("\n\n")
+    parser = utils.Parser(
+        usage="python train.py [--config NAME] [--data PATH] [flags]", description=description,
+        epilog=f"examples:\n{examples}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, rows in groups.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in rows:
@@ -193,6 +215,8 @@ def parse_flags(argv):
         action.default = argparse.SUPPRESS  # so a flag that equals its default counts as given
     flags = parse_words(parser, argv)
     preset = parse_preset(parser, flags["config"]) if "config" in flags else {}
+    if flags.keys() & {"epochs", "batch_size", "accumulation_steps", "effective_batch"}:
+        preset.pop("min_steps", None)  # what the user asks for is not changed
     if "effective_batch" in flags or flags.get("batch_size") == "auto":
         steps = preset.pop("accumulation_steps", 1)  # the samples of a step stay the preset's
         if preset.get("batch_size", "auto") != "auto":
@@ -210,7 +234,9 @@ def parse_words(parser, words):
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         name = unknown[0].split("=")[0]
-        parser.error(f"{utils.shorten(name)} is no flag; {utils.nearest(name, known)}")
+        alias = ALIASES.get(name[2:])
+        advice = f"did you mean --{alias}?" if alias else utils.nearest(name, known)
+        parser.error(f"{utils.shorten(name)} is no flag; {advice}")
     return vars(flags)
 
 
@@ -452,7 +478,8 @@ def rates(args, step, steps_per_epoch, values=()):
 
 def start_ema(model):
     """Copies of the tensors of the model's state dict, buffers too, for `update_ema`."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict().items()
+    return {name.removeprefix("_orig_mod."): tensor.detach().clone() for name, tensor in tensors}
 
 
 @torch.no_grad()
@@ -460,8 +487,10 @@ def update_ema(ema, weights, decay, updates):
     """Mutates the dict `ema`: ema += (1 - d) * (weights - ema), weights being a state dict.
 
     d = min(decay, (1 + n) / (10 + n)), where n = `updates` counts the updates before this one.
-    Integer buffers are copied. For EfficientNet-B0 it takes 1.1 ms, AveragedModel 3.5 ms.
+    Integer buffers are copied. torch.compile's prefix of the names does not matter.
     """
+    if ema.keys() != weights.keys():
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     floats = [name for name in ema if ema[name].is_floating_point()]
     weight = 1 - min(decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_([ema[n] for n in floats], [weights[n] for n in floats], weight)
@@ -483,10 +512,9 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
-    turns (images, targets, index) into inputs and targets; `seed` determines dropout; `sam_rho`
-    takes the gradient uphill (see `uphill`). A loss or gradient that is not finite changes no
-    weight, buffer, moment or EMA. Where memory runs out, the window is done again in halves with the
-    same randomness. Returns (totals as in `batch_totals`, gradient norm, whether the step was good).
+    turns (images, targets, index) into inputs and targets; `seed` determines dropout; for `sam_rho`
+    see `uphill`. A loss or gradient that is not finite changes nothing. Where memory runs out, it is
+    done again in halves. Returns (totals as in `batch_totals`, gradient norm, whether it was good).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
@@ -571,8 +599,7 @@ def uphill(state, rho):
     """Mutates `state`: within the block the weights are moved by rho along their gradient.
 
     SAM (Foret et al. 2021, arXiv:2010.01412) takes its gradient there. The block begins without
-    gradients; after it weights and buffers are bitwise as before. Yields the gradient's norm.
-    """
+    gradients; after it weights and buffers are bitwise as before. Yields the gradient's norm."""
     norm = gradient_norm(state)
     weights = [p for p in state.parameters if p.grad is not None]
     tensors = [*(p.detach() for p in weights), *state.buffers]
@@ -788,7 +815,7 @@ def train_epoch(state, run):
                 lr, loss = state.optimizer.param_groups[0]["lr"], means(totals, task)["loss"]
                 track(state.step, {"step_loss": loss, "step_lr": lr, "step_gradient_norm": norm})
             bar.update(samples)  # after the save: the terminal may be gone
-            utils.show(bar, progress_text, state, task)
+            utils.show(bar, progress_text, state, run)
     return True
 
 
@@ -809,11 +836,14 @@ def fetch_windows(fetch, pieces, size):
         yield list(itertools.islice(batches, len(group[rank::ranks]))), sum(map(len, group))
 
 
-def progress_text(state, task):
-    """The epoch's mean loss and main metric so far, for the bar."""
-    found = means(state.totals, task)
-    text = utils.metrics_line({name: found[name] for name in ("loss", task.metrics[0])})
-    return text + f", {state.bad_steps} bad steps" * bool(state.bad_steps)
+def progress_text(state, run):
+    """The epoch's mean loss and main metric so far and the time that is left, for the bar."""
+    found = means(state.totals, run.task)
+    text = utils.metrics_line({name: found[name] for name in ("loss", run.task.metrics[0])})
+    steps = run.args.epochs * run.steps_per_epoch - state.step
+    left = utils.duration(steps * state.seconds / state.epoch_step)
+    bad = f", {state.bad_steps} bad steps" if state.bad_steps else ""
+    return f"{text}{bad}, run {left} left"
 
 
 def freeze(state, frozen):
@@ -945,7 +975,8 @@ def report_best(state, run):
     rows = [row for row in state.history if monitor.split("_")[0] + "_loss" in row]
     best = rows[-1 - epochs_since_best(monitored(state, run, tie=1e-9))]
     value = f"{best[monitor]:.2%}" if utils.higher_is_better(monitor) else f"{best[monitor]:.4f}"
-    run.log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'}")
+    kind = {"ema": "EMA", "swa": "SWA"}.get(monitor.split("_")[0], "raw")
+    run.log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'} ({kind} weights)")
     curves = folder / "curves.png"
     if utils.world()[0] == 0 and utils.save_history(curves, state.history, run.task.metrics[0]):
         run.log(f"curves     {curves}")
@@ -953,6 +984,10 @@ def report_best(state, run):
         files = [folder / f"{name}.pt" for name in ("best", "ema", "swa")]
         names = " ".join(str(file) for file in files if file.exists())
         run.log(f"evaluate   python train.py --evaluate {names}")
+    inputs = "puzzles.csv" if run.args.model == "sudoku_gnn" else "PICTURES"
+    run.log(f"predict    python train.py --predict {folder.name} --input {inputs}")
+    if run.args.tensorboard:
+        run.log(f"watch      tensorboard --logdir {folder}")
 
 
 # ---------------------------------------------------------------------------------- LR finder
@@ -1058,7 +1093,7 @@ def lr_sweep(state, run):
 # ------------------------------------------------------------------------------ kinds of data
 
 
-def make_task(args, meta, memory_format):
+def make_task(args, meta, device, memory_format):
     """The `Task` of the model that the metadata names: puzzles or images."""
     if meta["model"] == "sudoku_gnn":
         return Task(
@@ -1067,9 +1102,13 @@ def make_task(args, meta, memory_format):
             measure=utils.sudoku_metrics, metrics=utils.SUDOKU_METRICS, unit="boards",
             augment=unchanged,  # the network is equivariant to every symmetry
         )
+    weights = None
+    if args.class_weights == "balanced":  # their mean over the training images is 1
+        counts = torch.tensor(meta["class_counts"], dtype=torch.float32, device=device)
+        weights = counts.sum() / len(counts) / counts.clamp(min=1)
     return Task(
         loss=partial(models.image_loss, label_smoothing=args.label_smoothing,
-                     focal_gamma=args.focal_gamma),
+                     focal_gamma=args.focal_gamma, weights=weights),
         measure=utils.image_metrics, metrics=("accuracy",), unit="images", views=data.image_views,
         augment=partial(augment_images, args, meta, memory_format),
         prepare=partial(prepare_images, meta, memory_format),
@@ -1080,7 +1119,8 @@ def augment_images(args, meta, memory_format, images, labels, index, epoch):
     """(inputs, labels or shares of classes) of uint8 images [B, H, W, C], drawn for the epoch."""
     draws = index, args.seed, epoch
     x = data.augment(images, *draws, meta["image_size"], meta["mean"], meta["std"],
-                     args.crop_padding, args.flip, args.min_crop_area, args.cutout)
+                     args.crop_padding, args.flip, args.min_crop_area, args.cutout,
+                     args.color_jitter)
     if args.mixup or args.cutmix:
         classes = meta["num_classes"]
         x, labels = data.mix_samples(x, labels, *draws, classes, args.mixup, args.cutmix)
@@ -1091,6 +1131,10 @@ def prepare_images(meta, memory_format, images):
     """The inputs of evaluation: the normalised centre of uint8 images [B, H, W, C]."""
     x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
     return x.contiguous(memory_format=memory_format)
+
+
+def full_path(text):
+    return str(Path(os.path.expanduser(text)).resolve())
 
 
 def load_source(args):
@@ -1114,10 +1158,12 @@ def prepare(args, saved=None):
     with utils.first_process_first(os.environ.get("LOCAL_RANK", "0") == "0"):  # fills the cache
         source = load_source(args)
     settle(args, source)
+    if args.min_steps:
+        notes += fit_steps(args, len(source.splits["train"]))
     weights, origin = starting_weights(args, saved)
     meta = describe_model(args, source, origin)
     utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
-    task = make_task(args, meta, memory_format)
+    task = make_task(args, meta, device, memory_format)
     state = build_state(args, source, meta, task, weights, origin, device, dtype, memory_format)
     model, samples, ranks = state.model, len(source.splits["train"]), utils.world()[1]
     free = free_memory(args, device)
@@ -1142,14 +1188,17 @@ def prepare(args, saved=None):
     total = sum(memory.values()) + memory["sample"] * (size - 1)
     cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
     splits = ", ".join(f"{name} {len(split):,}" for name, split in source.splits.items())
+    counts, size_px = meta["class_counts"], f", {source.image_size} px" * bool(meta["class_counts"])
+    hints = [] if saved else [f"hint       {text}" for text in find_hints(args, source, meta)]
     return state, run, [
         f"device     {device}, {torch.get_num_threads()} threads | {', '.join(notes)}",
         f"model      {args.model}, {parameters:,} parameters",
         f"memory     about {total / 2**20:,.0f} MiB, {memory['sample'] / 2**20:.2f} a sample | "
         f"largest batch for 4, 6, 8 GB: {cards}",
-        f"data       {source.description} | {splits}",
+        f"data       {source.description}{size_px} | {splits}",
+        f"classes    {utils.class_counts(counts, source.classes) if counts else 'the nine digits'}",
         f"batch      {size} x {steps} accumulation x {ranks} processes = {size * steps * ranks} | "
-        f"{run.steps_per_epoch:,} steps an epoch, {args.epochs} epochs",
+        f"{run.steps_per_epoch:,} steps an epoch, {args.epochs} epochs", *hints,
     ]
 
 
@@ -1187,6 +1236,35 @@ def settle(args, source):
     ))
 
 
+def find_hints(args, source, meta):
+    """Texts that say what is likely to go wrong with few, or unevenly many, images of one's own."""
+    counts, val = meta["class_counts"] or [1], source.splits.get("val", ())
+    if 0 < len(val) < 100:
+        yield f"{len(val)} validation samples: one of them changes a metric by {1 / len(val):.1%}"
+    if max(counts) > 3 * min(counts) and args.class_weights == "off":
+        yield "the largest class has over three times the images of the smallest: --class_weights balanced"
+    if args.data and not args.pretrained and args.model == "efficientnet_b0" and sum(counts) < 5000:
+        yield ("few images for efficientnet_b0 from scratch: --config finetune; without a network, "
+               "--model custom")
+
+
+def fit_steps(args, samples):
+    """Mutates `args` until a run has `min_steps`: 20 an epoch or more, by smaller batches, down to
+    8 images, then by more epochs. Notes for the log on what changed."""
+    before, ranks = (args.batch_size, args.accumulation_steps, args.epochs), utils.world()[1]
+    steps = lambda: -(-samples // (args.batch_size * args.accumulation_steps * ranks))
+    while steps() < 20 and args.batch_size * args.accumulation_steps > 8:
+        if args.accumulation_steps > 1:
+            args.accumulation_steps //= 2
+        else:
+            args.batch_size //= 2
+    args.epochs = max(args.epochs, -(-args.min_steps // steps()))
+    after = args.batch_size, args.accumulation_steps, args.epochs
+    if after == before:
+        return []
+    return [f"few images: batch, accumulation, epochs {before} became {after}"]
+
+
 def starting_weights(args, saved):
     """(state dict or None, metadata of the images that the weights were trained on)."""
     if saved is not None or args.pretrained is None:
@@ -1208,15 +1286,17 @@ def describe_model(args, source, origin):
         arguments.setdefault("stem_stride", models.stem_stride_for(source.image_size))
     fits = origin and len(origin["mean"]) == len(source.mean)  # weights keep their own statistics
     mean, std = (origin["mean"], origin["std"]) if fits else (source.mean, source.std)
-    path = args.data and str(Path(os.path.expanduser(args.data)).resolve())
     sizes = [len(split) for split in source.splits.values()]
+    puzzles, classes = args.model == "sudoku_gnn", len(source.classes)
+    counts = [] if puzzles else np.bincount(train.labels, minlength=classes).tolist()
     return {
-        "model": args.model, "num_classes": len(source.classes), "arguments": arguments,
+        "model": args.model, "num_classes": classes, "arguments": arguments,
         "in_channels": (*train.images.shape[3:], 1)[0], "classes": source.classes,
         "image_size": source.image_size, "stored_size": train.images.shape[1],
         "mean": list(mean), "std": list(std),
+        "class_counts": counts,
         "fingerprint": [*source.mean, *source.std, *sizes, zlib.crc32(train.labels.data)],
-        "source": {"data": path, "val_fraction": args.val_fraction,
+        "source": {"data": args.data and full_path(args.data), "val_fraction": args.val_fraction,
                    "max_samples": args.max_samples, "seed": args.seed},
     }
 
@@ -1337,11 +1417,24 @@ def open_run(args, given, held):
         save(state, run)
         about = {**run.flags, "environment": utils.environment()}
         utils.write_json(folder / "config.json", about)
+        if args.data and args.model != "sudoku_gnn":
+            save_samples(run)
     run.log = utils.logger(folder / "log.txt", lines)
     if rank == 0:
         run.trackers = utils.trackers(folder, state.step, vars(args), args.tensorboard,
                                       args.wandb)
     return state, run
+
+
+def save_samples(run):
+    """Writes samples.png, training images as the network sees them, if matplotlib is installed."""
+    images, labels, index = next(iter(run.fetch["train"]([training_order(run, 0)[:24]])))
+    inputs, _ = run.task.augment(images, labels, index, 0)
+    mean, std = (torch.tensor(run.meta[key])[:, None, None] for key in ("mean", "std"))
+    pixels = (inputs.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    titles = [run.meta["classes"][k] for k in labels.tolist()]
+    heading = "training images as the network sees them in the first epoch"
+    utils.save_contact_sheet(run.folder / "samples.png", pixels.numpy(), titles, heading)
 
 
 def merge_flags(folder, saved, args, given):
@@ -1351,7 +1444,8 @@ def merge_flags(folder, saved, args, given):
     if strange := settled.keys() ^ (vars(args).keys() - MODES):
         raise ValueError(f"{where}: another version of the kit wrote it ({min(strange)}); use that")
     if saved["finished"]:
-        raise ValueError(f"{where}: finished already; start a new run or evaluate it")
+        best = folder / "best.pt"
+        raise ValueError(f"{where}: finished already; to train on, start a run with --pretrained {best}")
     for key, value in given.items():
         if key in FREE_ON_RESUME:
             settled[key] = value
@@ -1375,6 +1469,7 @@ def load_model(path, args):
 
     ValueError for a bad checkpoint.
     """
+    path = utils.checkpoint_of(RUNS, path)
     found = utils.load_checkpoint(path)
     meta = found.get("meta")
     if not isinstance(meta, dict) or not {"mean", "std", "classes", "image_size"} <= meta.keys():
@@ -1394,7 +1489,7 @@ def load_model(path, args):
         raise ValueError(f"{path}: its metadata and weights misfit ({reason}); give another") from None
     device, dtype, memory_format, _ = utils.set_up_device(args.device, args.amp, args.channels_last)
     model.to(device, memory_format=memory_format).eval()
-    task = make_task(args, meta, memory_format)
+    task = make_task(args, meta, device, memory_format)
     if args.tta and task.views is None:
         raise ValueError("--tta: is for pictures; the Sudoku network is equivariant and gains nothing")
     views = task.views if args.tta else None
@@ -1405,17 +1500,20 @@ def load_model(path, args):
 def run_evaluate(args):
     """Scores each checkpoint of --evaluate, prints them, writes --output and pictures; 0."""
     results, best, pictures = [], None, None
-    for path in args.evaluate:  # a bad one among several is named before any is scored
+    paths = [utils.checkpoint_of(RUNS, name) for name in args.evaluate]
+    for path in paths:  # a bad one among several is named before any is scored
         utils.load_checkpoint(path)
-    for path in args.evaluate:
+    for path in paths:
         result, task, drawn = score(path, args)
         head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
         print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result)}")
-        if len(args.evaluate) == 1:
+        if len(paths) == 1:
             print("\n".join(f"  {line}" for line in utils.report_lines(result)))
         if best is None or result[task.metrics[0]] > best[task.metrics[0]]:
             best, pictures = result, drawn  # only one checkpoint's images are kept
         results.append(result)
+    if results[0]["split"] == "val":
+        print("note: these samples chose the checkpoint; give --data PATH with others for a fair test")
     if len(results) > 1:
         print("\n".join(["", *utils.side_by_side(results)]))
     if args.output:
@@ -1431,15 +1529,15 @@ def score(path, args):
     puzzles, size = meta["model"] == "sudoku_gnn", 2 * args.batch_size
     # with another seed or fraction, samples that it was trained on would be scored
     flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
-    flags["data"] = args.data or flags["data"]
-    whole = puzzles and args.data and not os.path.isdir(os.path.expanduser(args.data))
-    if whole:  # a file of puzzles has no splits
-        flags |= {"val_fraction": 0.0, "max_samples": 0}
+    names = ["test", "val"]
+    if args.data and full_path(args.data) != meta["source"].get("data"):  # whole, if without splits
+        flags |= {"data": args.data, "val_fraction": 0.0, "max_samples": 0}
+        names.append("train")
     source = load_source(argparse.Namespace(**flags))
-    name = next((name for name in ("test", "val") if name in source.splits), None)
-    name, split = ("all", source.splits["train"]) if whole else (name, source.splits.get(name))
-    if split is None:
+    name = next((name for name in names if name in source.splits), None)
+    if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
+    split, name = source.splits[name], "all" if name == "train" else name
     has = source.classes, (*split.images.shape[3:], 1)[0]
     if has != (meta["classes"], meta["in_channels"]):
         raise ValueError(f"--data: classes {utils.shorten(has[0])} in {has[1]} channels do not fit "
@@ -1464,7 +1562,7 @@ def score(path, args):
         logits, labels = (torch.cat(column) for column in zip(*pairs))
         p, labels = logits.float().softmax(1).numpy(), labels.numpy()
         result |= utils.classification_report(p, labels, meta["classes"])
-        drawn = p, labels, split.images, meta
+        drawn = p, labels, split, meta
     median, slow = np.percentile(latency[3:], (50, 95)) * 1e3
     return {
         "checkpoint": str(path), "data": source.description, "split": name, "samples": len(split),

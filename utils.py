@@ -149,6 +149,12 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
     return max(usable, key=lambda checkpoint: checkpoint["step"], default=None)
 
 
+def checkpoint_of(runs, name):
+    """The best.pt of the run `name` (a folder, or one in `runs`); else `name` as a path."""
+    files = Path(name) / "best.pt", Path(runs) / name / "best.pt"
+    return next((file for file in files if file.is_file()), Path(name))
+
+
 def has_checkpoints(folder):
     """Whether `folder` holds the state of a run, be it damaged."""
     names = ("last.pt", "previous.pt", "*.damaged*")
@@ -269,18 +275,44 @@ def logger(path=os.devnull, past=()):
 
 
 def progress_bar(title, total, unit, quiet):
-    """A tqdm bar; none for under 100 samples, nor in other processes than the first."""
-    hidden = quiet or total < 100 or world()[0] > 0
-    return tqdm(desc=title, total=total, unit=unit, leave=False, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 5, disable=hidden)
+    """A tqdm bar on a terminal; elsewhere `show` prints lines. Neither for under 100 samples, nor in
+    other processes than the first."""
+    hidden, terminal = quiet or total < 100 or world()[0] > 0, sys.stderr.isatty()
+    bar = tqdm(desc=title, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True,
+               bar_format="{desc} {percentage:3.0f}% |{bar}| {rate_fmt}{postfix}",
+               disable=hidden or not terminal)
+    bar.title, bar.shown_at = title, time.monotonic()
+    bar.interval = math.inf if hidden else 0.5 if terminal else 30
+    return bar
 
 
 def show(bar, text_of, *arguments):
-    """Show text_of(*arguments) in a bar, at the bar's own rate: making it may wait for the GPU."""
+    """Show text_of(*arguments), at the bar's own rate: making it may wait for the GPU."""
     now = time.monotonic()
-    if not bar.disable and now - getattr(bar, "shown_at", -math.inf) >= bar.mininterval:
+    if now - bar.shown_at >= bar.interval:
         bar.shown_at = now
-        bar.set_postfix_str(text_of(*arguments), refresh=False)
+        text = text_of(*arguments)
+        if bar.disable:
+            tqdm.write(f"{bar.title}, {text}", file=sys.stderr)
+        else:
+            bar.set_postfix_str(text, refresh=False)
+
+
+def duration(seconds):
+    """A time in words: seconds, minutes or hours."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def class_counts(counts, names):
+    """The number of images of each class as text; of many classes, those with most and least."""
+    pairs = sorted(zip(counts, names), reverse=True)
+    texts = [f"{short(name)} {count:,}" for count, name in pairs]
+    if len(texts) > 10:
+        texts[3:-3] = ["..."]
+    return f"{len(pairs)}: {', '.join(texts)}"
 
 
 def write_results(path, results):
@@ -376,7 +408,7 @@ def epoch_line(row, monitor, unit, epochs, new_best):
             parts.append(f"{split} {metrics_line(numbers)}")
     parts.append(f"{row['seconds']:.1f} s")
     parts.append(f"{row['samples_per_second']:,.0f} {unit}/s")
-    parts.append(f"lr {row['lr']:.2e}")
+    parts.append(f"lr {row['lr']:.2e}" if row["lr"] > 1e-7 else "lr near 0, as scheduled")
     if row["bad_steps"]:
         parts.append(f"{row['bad_steps']} bad steps")
     if new_best:
@@ -497,7 +529,7 @@ def message_of(error):
 
 def nearest(name, names):
     """A question after the one of `names` that is most like `name`."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else "see --help"
 
 
@@ -642,7 +674,7 @@ def classification_report(p, labels, names):
     scores |= {"average_precision": precision, "samples": support, "class": names}
     return {
         "accuracy": right.sum() / count,
-        "top5_accuracy": (order == labels[:, None]).any(1).mean(),
+        **({"top5_accuracy": (order == labels[:, None]).any(1).mean()} if classes > 5 else {}),
         **means,
         "mean_average_precision": precision[support > 0].mean(),
         "calibration_error": calibration(p, labels)[0],
@@ -748,10 +780,10 @@ def measured(result):
 
 def draw_report(output, result, predictions):
     """Draw pictures of a checkpoint's `result` beside the file `output`; their paths. `predictions`
-    is None or (probabilities [N, K], labels [N], images uint8 [N, H, W, C], metadata)."""
+    is None or (probabilities [N, K], labels [N], their `data.Split`, metadata)."""
     if predictions is None:
         return []
-    p, labels, images, meta = predictions
+    p, labels, split, meta = predictions
     names = list(map(short, meta["classes"]))
     title = f"{result['checkpoint']} on {result['split']}{', with --tta' * result['tta']}"
     chosen, confidence = p.argmax(1), p.max(1)
@@ -760,13 +792,15 @@ def draw_report(output, result, predictions):
     heading = f"{title}\nthe most confident of {len(wrong):,} mistakes in {len(p):,}"
     titles = [f"{names[labels[i]]}, taken for\n{names[chosen[i]]} {confidence[i]:.0%}"
               for i in first]
-    start = (images.shape[1] - meta["image_size"]) // 2
+    if len(split.files):
+        titles = [f"{title}\n{short(split.files[i])}" for title, i in zip(titles, first)]
+    start = (split.images.shape[1] - meta["image_size"]) // 2
     centre = slice(start, start + meta["image_size"])
     paths = [output.with_name(f"{output.stem}-{kind}.png")
              for kind in ("confusion", "reliability", "mistakes")]
     made = [save_confusion(paths[0], result["confusion_matrix"], names, title),
             save_reliability(paths[1], p, labels, title),
-            save_contact_sheet(paths[2], images[first][:, centre, centre], titles, heading)]
+            save_contact_sheet(paths[2], split.images[first][:, centre, centre], titles, heading)]
     return paths if all(made) else []
 
 
@@ -811,7 +845,8 @@ def save_curve(figure, x, y, marks):
         axes.axvline(value, color=f"C{i}", linestyle="--", label=f"{name}: {value:.1e}")
     axes.set(xlabel="learning rate", ylabel="smoothed loss", title="Learning-rate range test")
     axes.set_ylim(top=1.5 * y[0])  # a diverging end would flatten the rest
-    axes.xaxis.set_major_formatter("{x:.0e}")
+    axes.xaxis.set_major_formatter("{x:.0e}")  # without a formatter for mathematical text
+    axes.xaxis.set_minor_formatter("")
     axes.legend()
 
 
@@ -824,7 +859,10 @@ def save_history(figure, rows, metric):
             points = [(row["epoch"], row[key]) for row in rows if key in row]
             if points:
                 axes.plot(*zip(*points), marker=".", label=key)
-        axes.set(xlabel="epoch", title=name)
+        values = [y for line in axes.get_lines() for y in line.get_ydata() if math.isfinite(y)]
+        if name == "loss" and values:  # one spike does not flatten the rest
+            axes.set_ylim(top=min(1.05 * max(values), 2 * np.percentile(values, 90)))
+        axes.set(xlabel="epoch", title=name.replace("_", " "))
         axes.legend()
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
@@ -869,7 +907,7 @@ def displayable(images):
 
 @drawn
 def save_contact_sheet(figure, images, titles, heading):
-    """Up to 24 uint8 images [H, W, C] in rows of six, each under its title."""
+    """Up to 24 images [H, W, C], uint8 or float in [0, 1], in rows of six under their titles."""
     rows = max(1, math.ceil(len(images) / 6))
     figure.set_size_inches(12, 2.5 * rows + 0.5)
     figure.suptitle(heading)

@@ -165,7 +165,8 @@ def new_state(net, device, optimizer="adamw", lr=1e-3, ema=False, dtype=torch.fl
 
 def image_task(args):
     """The kit's task for images, without augmentation."""
-    task = train.make_task(args, {"model": "custom"}, torch.contiguous_format)
+    task = train.make_task(args, {"model": "custom"}, torch.device("cpu"),
+                           torch.contiguous_format)
     return replace(task, augment=train.unchanged)
 
 
@@ -490,7 +491,7 @@ def methods_part(device):
         net = model.build_model("custom", 10, widths=(24, 32, 64, 128), depths=(1, 1, 1))
         net.to(device, memory_format=last)
         state = new_state(net, device, "muon", 0.02, args.ema_decay > 0, dtype)
-        task = train.make_task(args, meta, last)
+        task = train.make_task(args, meta, torch.device("cpu"), last)
         augment = functools.partial(task.augment, epoch=0)
         options = {"ema_decay": args.ema_decay, "sam_rho": args.sam_rho, "seed": 0}
         return lambda: train.train_step(state, window, task, augment, dtype, **options)

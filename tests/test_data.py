@@ -662,3 +662,62 @@ def test_shares_follow_the_beta_distribution(alpha):
     assert own.mean().item() == pytest.approx(alone * 0.5, abs=0.015)
     assert (own**2).mean().item() == pytest.approx((1 - alone) * second + alone / 4, rel=0.03)
     assert (own**4).mean().item() == pytest.approx((1 - alone) * fourth + alone / 16, rel=0.06)
+
+
+# --------------------------------------------------------------------------------- colours, files
+
+
+def test_color_jitter_is_brightness_then_contrast_then_saturation():
+    """By their definitions in float64: factors of the image, around its mean grey, around its grey."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8))
+    u = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    found = data.jittered(images, u, 0.6).numpy()
+    luma = np.array([0.299, 0.587, 0.114])
+    for image, draws, got in zip(images.double().numpy(), u.double().numpy(), found):
+        brightness, contrast, saturation = 1 + 0.6 * (2 * draws - 1)
+        x = (image * brightness).clip(0, 255)
+        x = (x.dot(luma).mean() * (1 - contrast) + x * contrast).clip(0, 255)
+        x = (x.dot(luma)[..., None] * (1 - saturation) + x * saturation).clip(0, 255)
+        assert np.allclose(x, got, atol=1e-2)
+    assert torch.equal(data.jittered(images, torch.full((5, 3), 0.5), 0.6), images.float())
+
+
+def test_each_image_has_its_own_colours_and_grey_ones_keep_theirs():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (4, 8, 8, 3), np.uint8))
+    plain = dict(image_size=8, mean=(0.5,) * 3, std=(0.2,) * 3, crop_padding=0, flip=False)
+    index = torch.tensor([3, 9, 4, 7])
+    whole = data.augment(images, index, 1, 2, **plain, color_jitter=0.4)
+    assert torch.equal(whole[1:], data.augment(images[1:], index[1:], 1, 2, **plain, color_jitter=0.4))
+    same = images[:1].expand(4, -1, -1, -1)
+    alike = data.augment(same, index, 1, 2, **plain, color_jitter=0.4)
+    assert len({tuple(x.flatten().tolist()) for x in alike}) == 4
+    grey = dict(plain, mean=(0.5,), std=(0.2,))
+    one = images[..., :1]
+    found = data.augment(one, index, 1, 2, **grey, color_jitter=0.4)
+    assert torch.equal(found, data.augment(one, index, 1, 2, **grey))
+
+
+def test_a_folder_counts_what_it_passes_over_and_keeps_the_names_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = save_folder(Path("p"), splits=("",), size=(30, 30))
+    for name in ("a.HEIC", "b.heic", "c.tif", ".hidden.heic", "README"):
+        (root / "ant" / name).touch()
+    found = data.load("p", val_fraction=0.5)
+    for words in ("passed over 2 .heic", "1 .tif", "1 without suffix", "val is 50% of each class"):
+        assert words in found.description
+    for split in found.splits.values():
+        assert len(split.files) == len(split) == 4
+        for i, (name, label) in enumerate(zip(split.files, split.labels)):
+            picture = data.decode_image(root / found.classes[label] / name, 30)
+            assert np.array_equal(split.images[np.array([i])][0], picture)
+
+
+def test_a_picture_is_framed_as_evaluation_frames_it(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    image.fromarray(pixels).save(tmp_path / "a.png")
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    stored = torch.from_numpy(data.decode_image(tmp_path / "a.png", 36).copy())[None]
+    framed = torch.from_numpy(data.framed(tmp_path / "a.png", 36, 32))[None]
+    assert torch.equal(data.normalise(framed, mean, std), data.centre(stored, 32, mean, std))

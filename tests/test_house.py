@@ -220,6 +220,13 @@ def test_a_recipe_of_the_readme_runs(before, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     torch.manual_seed(0)
+    if "photos.pt2" in block:  # what the commands above it leave
+        image = pytest.importorskip("PIL.Image")
+        tiny = "--model custom --model_args widths=8,8,8,8 --image_size 32 --max_samples 20 --epochs 1"
+        assert train.main(f"{tiny} --run_name photos".split()) == 0
+        assert train.main("--export photos --output photos.pt2".split()) == 0
+        Path("new").mkdir()
+        image.new("RGB", (60, 40), "red").save("new/001.jpg")
     for words in re.findall(r"python train\.py (--copy [^\n`|#]*)", before):
         file = Path(words.split()[-1])
         if re.search(rf"^(from|import) {file.stem}\b", block, re.M):

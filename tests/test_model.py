@@ -595,3 +595,17 @@ def test_rates_and_momentum_reach_every_group():
 def test_sgd_without_momentum_keeps_no_state():
     optimizer = model.build_optimizer(small_net(), "sgd", 0.1, 0.05, 0.0, CPU)
     assert not optimizer.state and not optimizer.param_groups[0]["nesterov"]
+
+
+def test_class_weights_multiply_the_terms_of_their_class():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 2])
+    weights = torch.tensor([2.0, 0.5, 1.0])
+    terms = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    expected = (terms * weights[labels]).sum()
+    assert torch.allclose(model.image_loss(logits, labels, weights=weights), expected)
+    p = logits.softmax(1)[range(6), labels]
+    focal = ((1 - p) ** 2 * terms * weights[labels]).sum()
+    assert torch.allclose(model.image_loss(logits, labels, 0.0, 2.0, weights), focal)
+    shares = torch.nn.functional.one_hot(labels, 3).float()
+    assert torch.allclose(model.image_loss(logits, shares, weights=weights), expected)

@@ -529,7 +529,7 @@ def test_focal_weighting_below_one_has_finite_gradients():
 def test_validation_counts_exactly_in_16_bits(made, dtype):
     """Autocast would round a matrix product of counts: 16 bits hold integers to 256 or 2,048."""
     args = argparse.Namespace(focal_gamma=0.0)
-    task = train.make_task(args, {"model": "sudoku_gnn"}, None)
+    task = train.make_task(args, {"model": "sudoku_gnn"}, torch.device("cpu"), None)
     net = network(message_steps=2, width=8, hidden=8)
     puzzles, _, labels = some(made, 60)
     batch = torch.from_numpy(puzzles), torch.from_numpy(labels), None
