@@ -291,6 +291,8 @@ def check_flags(args, given):
          "--freeze_epochs: the range test trains the whole network; give --lr a number"),
         (automatic and "accumulation_steps" in given,
          "--accumulation_steps: follows from --effective_batch; leave it out"),
+        (automatic and args.min_steps,
+         "--min_steps: does not go with --effective_batch or --batch_size auto; leave one of them out"),
         (swa > epochs, f"--swa_start_epoch {swa}: must be at most --epochs {epochs}"),
         (frozen > epochs, f"--freeze_epochs {frozen}: must be at most --epochs {epochs}"),
         (0 < swa <= frozen, f"--swa_start_epoch {swa}: must be above --freeze_epochs {frozen}"),
@@ -1249,11 +1251,11 @@ def find_hints(args, source, meta):
 
 
 def fit_steps(args, samples):
-    """Mutates `args` until a run has `min_steps`: 20 an epoch or more, by smaller batches, down to
-    8 images, then by more epochs. Notes for the log on what changed."""
+    """Mutates `args` until a run has `min_steps`: 20 an epoch or more, by smaller batches, then by
+    more epochs. Below 16 images a step, fine-tuning gets worse. Notes for the log on what changed."""
     before, ranks = (args.batch_size, args.accumulation_steps, args.epochs), utils.world()[1]
     steps = lambda: -(-samples // (args.batch_size * args.accumulation_steps * ranks))
-    while steps() < 20 and args.batch_size * args.accumulation_steps > 8:
+    while steps() < 20 and args.batch_size * args.accumulation_steps > 16:
         if args.accumulation_steps > 1:
             args.accumulation_steps //= 2
         else:

@@ -175,6 +175,8 @@ extra                                          | 'extra' is no flag
 --compile --checkpoint_activations             | --checkpoint_activations: --compile
 --effective_batch 8 --accumulation_steps 2     | --accumulation_steps: --effective_batch
 --batch_size auto --accumulation_steps 2       | --accumulation_steps: --effective_batch
+--batch_size auto --min_steps 9                | --min_steps: leave one of them out
+--effective_batch 8 --min_steps 9              | --min_steps: leave one of them out
 --swa_start_epoch 4 --epochs 3                 | --swa_start_epoch 4: at most --epochs 3
 --freeze_epochs 4 --epochs 3                   | --freeze_epochs 4: at most --epochs 3
 --swa_start_epoch 2 --freeze_epochs 2          | --swa_start_epoch 2: above --freeze_epochs 2

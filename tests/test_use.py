@@ -648,8 +648,8 @@ def test_the_bar_says_what_is_left():
 
 
 @pytest.mark.parametrize("samples, flags, settled", [
-    (270, (64, 2, 10), (8, 1, 10)),  # 34 steps an epoch; 16 would give 17
-    (86, (32, 2, 10), (8, 1, 19)),  # 11 steps an epoch even so: more epochs
+    (270, (64, 2, 10), (16, 1, 12)),  # 17 steps an epoch even so: more epochs
+    (86, (32, 2, 10), (16, 1, 34)),
     (640, (64, 4, 10), (32, 1, 10)),
     (50_000, (64, 2, 10), (64, 2, 10)),
     (30, (4, 2, 1), (4, 2, 50)),
