@@ -452,6 +452,13 @@ def pictures_in(folder):
     return sorted(files, key=Path.as_posix)
 
 
+def passed_over(folder):
+    """Return the numbers of files that are no pictures, by suffix, as text; "" without any."""
+    suffixes = [p.suffix.lower() for p in Path(folder).rglob("[!.]*") if p.is_file()]
+    others = Counter(suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES).most_common(5)
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others)
+
+
 def scan_folder(root):
     """Return ({split: [(path, label)]}, class names) of a folder of class folders, by name. Folders
     train, val (valid, validation) and test above the class folders are splits. ValueError for a
@@ -501,10 +508,7 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
         names = np.array([path.name for path, _ in rows])
         splits[name] = Split(Rows(images, np.arange(start, start + len(rows))), labels, names)
         start += len(rows)
-    others = [path.suffix.lower() for path in root.rglob("[!.]*") if path.is_file()]
-    others = Counter(suffix for suffix in others if suffix not in IMAGE_SUFFIXES).most_common(5)
-    passed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others)
-    description = f"{root.resolve().name} (image folder)"
+    passed, description = passed_over(root), f"{root.resolve().name} (image folder)"
     return Data(splits, classes, image_size, description + f"; passed over {passed}" * bool(passed))
 
 
@@ -985,7 +989,7 @@ def finish_boards(puzzles, p, max_guesses=0):
         solved, total = number == 1, guesses.sum()
         boards = np.where(number[:, None] > 0, found, puzzles)
         verdicts = np.where(alone, "solved by the network alone", "solved by search").astype(object)
-        verdicts += [f", {n:,} guesses" for n in guesses]
+        verdicts += [f", proved unique with {n:,} guesses" for n in guesses]
         verdicts[number == 0] = "impossible: no solution"
         verdicts[number > 1] = "ambiguous: several solutions"
         verdicts[number < 0] = "undecided: too many guesses"

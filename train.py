@@ -30,7 +30,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -105,7 +105,8 @@ def build_parser():
             ("pretrained", path, None, "file of weights to start from; without one: official EfficientNet-B0"),
             ("epochs", positive, 10, "passes over the training split"),
             ("batch_size", num(int, 1, word="auto"), 16, "samples at once; auto: what fits in memory"),
-            ("lr", num(float, 0, open_low=True, word="auto"), None, "peak learning rate; auto: by a range test"),
+            ("lr", num(float, 0, open_low=True, word="auto"), None,
+             "peak learning rate; auto: by a range test; default: by optimizer"),
             ("device", str, "auto", "device to train on: auto, cuda, cuda:N, mps or cpu"),
             ("run_name", utils.run_name, None, "name of the run's folder under runs/; else model and time"),
             ("resume", lambda text: text and path(text), None, "name of the run to go on with; without one: the last"),
@@ -117,7 +118,7 @@ def build_parser():
             ("workers", num(int, 0, 64), None, "loader processes; default: 0 for data in memory"),
             ("cache_dir", path, ".cache", "folder for decoded image folders"),
             ("crop_padding", num(int, 0, 256), 4, "padding in px before a random crop of small images"),
-            ("flip", switch, None, "random mirroring; else for colour images only"),
+            ("flip", switch, None, "random mirroring; default: of colour images only"),
             ("min_crop_area", num(float, 0, 1, True), 0.35, "smallest share of the area in a random crop"),
             ("color_jitter", share, 0.0, "strength of random brightness, contrast, saturation"),
             ("cutout", size, 0, "side in px of the erased square; 0: off"),
@@ -1160,8 +1161,7 @@ def prepare(args, saved=None):
     with utils.first_process_first(os.environ.get("LOCAL_RANK", "0") == "0"):  # fills the cache
         source = load_source(args)
     settle(args, source)
-    if args.min_steps:
-        notes += fit_steps(args, len(source.splits["train"]))
+    hints = fit_steps(args, len(source.splits["train"])) if args.min_steps else []
     weights, origin = starting_weights(args, saved)
     meta = describe_model(args, source, origin)
     utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
@@ -1191,16 +1191,18 @@ def prepare(args, saved=None):
     cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
     splits = ", ".join(f"{name} {len(split):,}" for name, split in source.splits.items())
     counts, size_px = meta["class_counts"], f", {source.image_size} px" * bool(meta["class_counts"])
-    hints = [] if saved else [f"hint       {text}" for text in find_hints(args, source, meta)]
+    hints += [] if saved else find_hints(args, source, meta)
     return state, run, [
         f"device     {device}, {torch.get_num_threads()} threads | {', '.join(notes)}",
-        f"model      {args.model}, {parameters:,} parameters",
+        f"model      {args.model}, {parameters:,} parameters"
+        + f", weights from {args.pretrained}" * bool(args.pretrained),
         f"memory     about {total / 2**20:,.0f} MiB, {memory['sample'] / 2**20:.2f} a sample | "
         f"largest batch for 4, 6, 8 GB: {cards}",
         f"data       {source.description}{size_px} | {splits}",
         f"classes    {utils.class_counts(counts, source.classes) if counts else 'the nine digits'}",
         f"batch      {size} x {steps} accumulation x {ranks} processes = {size * steps * ranks} | "
-        f"{run.steps_per_epoch:,} steps an epoch, {args.epochs} epochs", *hints,
+        f"{run.steps_per_epoch:,} steps an epoch, {args.epochs} epochs",
+        *(f"hint       {text}" for text in hints),
     ]
 
 
@@ -1241,6 +1243,8 @@ def settle(args, source):
 def find_hints(args, source, meta):
     """Texts that say what is likely to go wrong with few, or unevenly many, images of one's own."""
     counts, val = meta["class_counts"] or [1], source.splits.get("val", ())
+    if re.search(r"\.(heic|heif|tiff?)\b", source.description):
+        yield "photos were passed over: convert HEIC and TIFF to JPEG"
     if 0 < len(val) < 100:
         yield f"{len(val)} validation samples: one of them changes a metric by {1 / len(val):.1%}"
     if max(counts) > 3 * min(counts) and args.class_weights == "off":
@@ -1264,7 +1268,9 @@ def fit_steps(args, samples):
     after = args.batch_size, args.accumulation_steps, args.epochs
     if after == before:
         return []
-    return [f"few images: batch, accumulation, epochs {before} became {after}"]
+    size, steps, epochs = before
+    return [f"few images, so {args.batch_size} x {args.accumulation_steps} a step in place of "
+            f"{size} x {steps}, and {args.epochs} epochs in place of {epochs}"]
 
 
 def starting_weights(args, saved):
@@ -1273,7 +1279,8 @@ def starting_weights(args, saved):
         return None, saved["meta"] if saved else {}
     if args.pretrained == "official":
         if args.model != "efficientnet_b0":
-            raise ValueError("--pretrained: only efficientnet_b0 has official weights; give a file")
+            raise ValueError("--pretrained: only efficientnet_b0 has official weights; give a file, "
+                             "or leave out --config finetune")
         return models.official_weights(), IMAGENET
     found = utils.load_checkpoint(args.pretrained, legacy=True)
     meta = found.get("meta")
@@ -1383,6 +1390,9 @@ def open_run(args, given, held):
                 held.enter_context(utils.lock(folder))
             saved = utils.load_newest(folder, [*SAVED, "meta", "flags"], set_aside=rank == 0)
         utils.check_agreement({"checkpoints; they need one folder runs": saved and saved["step"]})
+        if saved["finished"] and not args.resume:  # a job queue starts it once more
+            utils.logger()(f"run        {folder} | finished already")
+            sys.exit(0)
         args = merge_flags(folder, saved, args, given)
     elif not args.find_lr:
         utils.check_unused(folder)
@@ -1400,7 +1410,7 @@ def open_run(args, given, held):
     asked = ", ".join(f"{key} {value}" for key, value in run.flags["asked"].items())
     lines += [f"flags      {asked or 'the defaults'} | {args.scheduler}, seed {args.seed}",
               f"run        {folder}" + (f" | resumed at step {state.step}" if resumes else "")]
-    for line in lines:
+    for line in lines[: -1 if args.find_lr else None]:
         run.log(line)
     if args.find_lr:
         return state, run
@@ -1540,10 +1550,14 @@ def score(path, args):
     if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
     split, name = source.splits[name], "all" if name == "train" else name
-    has = source.classes, (*split.images.shape[3:], 1)[0]
-    if has != (meta["classes"], meta["in_channels"]):
-        raise ValueError(f"--data: classes {utils.shorten(has[0])} in {has[1]} channels do not fit "
-                         f"{path}, with {utils.shorten(meta['classes'])} in {meta['in_channels']}")
+    channels, known = (*split.images.shape[3:], 1)[0], meta["classes"]
+    strange = [name for name in source.classes if name not in known]
+    if strange or channels != meta["in_channels"]:
+        raise ValueError(f"--data: classes {utils.shorten(strange or known)} in {channels} channels do "
+                         f"not fit {path}, with {utils.shorten(known)} in {meta['in_channels']}")
+    if source.classes != known:  # other data may lack a class
+        index = np.array([known.index(name) for name in source.classes])
+        split = replace(split, labels=index[split.labels])
     device, order = next(model.parameters()).device, torch.arange(len(split))
     fetch = data.batches(split, device, utils.free_bytes(device) // 4, args.workers)
     pairs, latency, drawn, pieces = [], [], None, data.chunks(order, size)
@@ -1589,6 +1603,9 @@ def run_predict(args):
 def predict_images(apply, meta, device, args):
     """Classes of the pictures of --input, printed and written; 1 if some could not be read."""
     paths, size, channels = data.find_pictures(*args.input), meta["stored_size"], meta["in_channels"]
+    for place in filter(os.path.isdir, args.input):
+        if passed := data.passed_over(Path(place)):
+            print(f"note: {place}: passed over {passed}; convert pictures to JPEG or PNG")
     rows, broken = [], []
     with utils.progress_bar("predict", len(paths), "images", args.quiet) as bar:
         for part, images, errors in data.decode_pictures(paths, size, channels, 2 * args.batch_size):
@@ -1611,7 +1628,8 @@ def predict_puzzles(apply, meta, device, args):
     """Boards and verdicts for the puzzles of --input, printed and written to --output; 0."""
     path, suffix = Path(args.input[0]), Path(args.output or "").suffix
     if len(args.input) > 1 or not path.is_file() or path.suffix.lower() in data.IMAGE_SUFFIXES:
-        raise ValueError(f"--input {' '.join(args.input)}: is not one file of puzzles; for pictures "
+        problem = "is not one file of puzzles" if path.exists() else "no such file of puzzles"
+        raise ValueError(f"--input {' '.join(args.input)}: {problem}; for pictures "
                          "name a checkpoint: --predict CKPT")
     puzzles, _ = data.read_sudoku(path, with_solutions=False)
     if args.output:

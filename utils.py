@@ -15,6 +15,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -150,9 +151,13 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
 
 
 def checkpoint_of(runs, name):
-    """The best.pt of the run `name` (a folder, or one in `runs`); else `name` as a path."""
-    files = Path(name) / "best.pt", Path(runs) / name / "best.pt"
-    return next((file for file in files if file.is_file()), Path(name))
+    """The file `name`, or the best.pt of the run `name` (a folder, or one in `runs`)."""
+    for file in (Path(name), Path(name) / "best.pt", Path(runs) / name / "best.pt"):
+        if file.is_file():
+            return file
+    others = ", ".join(sorted(path.parent.name for path in Path(runs).glob("*/best.pt"))[-5:])
+    raise ValueError(f"{name}: no such checkpoint; give a .pt file of a run, or a run; in "
+                     f"{Path(runs).resolve()} there are {others or 'none'}")
 
 
 def has_checkpoints(folder):
@@ -278,7 +283,8 @@ def progress_bar(title, total, unit, quiet):
     """A tqdm bar on a terminal; elsewhere `show` prints lines. Neither for under 100 samples, nor in
     other processes than the first."""
     hidden, terminal = quiet or total < 100 or world()[0] > 0, sys.stderr.isatty()
-    bar = tqdm(desc=title, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True,
+    bar = tqdm(desc=title, total=total, unit=f" {unit}", leave=False,
+               ncols=shutil.get_terminal_size().columns,  # tqdm takes a width of 0 as it is
                bar_format="{desc} {percentage:3.0f}% |{bar}| {rate_fmt}{postfix}",
                disable=hidden or not terminal)
     bar.title, bar.shown_at = title, time.monotonic()
@@ -939,6 +945,7 @@ def exported(model, batches, suffix, facts):
     """The bytes of a `.pt2` or `.onnx` program of `model` for any batch size, with `facts` (a JSON
     object), compared with the model on `batches`. ValueError if it cannot be made or differs."""
     buffer, shapes = io.BytesIO(), ({0: torch.export.Dim("batch", min=1)},)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own code
@@ -959,7 +966,7 @@ def exported(model, batches, suffix, facts):
     except (RuntimeError, ImportError, torch.onnx.errors.OnnxExporterError) as error:
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"--export: the exporter failed ({reason})")
-    with torch.no_grad():
+    with torch.no_grad(), np.errstate(all="ignore"):  # ONNX's reference overflows in exp
         if not all(torch.allclose(run(batch), model(batch), atol=1e-4) for batch in batches):
             raise ValueError("--export: the program differs from the model; nothing was written")
     return buffer.getvalue()

@@ -249,6 +249,13 @@ def test_the_readmes_table_of_copying_names_what_can_be_copied():
         assert set(row) <= names, row
 
 
+def test_every_file_that_a_readme_links_to_exists():
+    for folder in (ROOT, ROOT / "tests"):
+        text = (folder / "README.md").read_text("utf-8")
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (folder / link).exists(), link
+
+
 def test_the_readme_maps_every_file():
     for name in (*(f"{name}.py" for name in PACKAGES), "configs.json", "tests/", "weights/"):
         assert f"`{name}`" in README

@@ -762,7 +762,7 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(here, caps
     out = predict(capsys, *call, "--search", "--output", "o.csv")
     assert out.count("solved by search") == 5 and "5 of 7 solved, 0 by the network alone" in out
     assert out.count("ambiguous: several solutions") == out.count("impossible: no solution") == 1
-    guesses = [int(n.replace(",", "")) for n in re.findall(r"search, ([\d,]+) guesses", out)]
+    guesses = [int(n.replace(",", "")) for n in re.findall(r"search, proved unique with ([\d,]+) guesses", out)]
     total = int(re.search(r"([\d,]+) guesses, in o.csv", out)[1].replace(",", ""))
     assert 0 < sum(guesses) <= total  # the total counts the boards without one solution too
     rows = Path("o.csv").read_text().splitlines()
@@ -773,7 +773,7 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(here, caps
 
 CALL_FAULTS = {
     "--predict": "--predict: needs --input",
-    "--predict --input none.sdk": "is not one file of puzzles",
+    "--predict --input none.sdk": "no such file of puzzles",
     "--predict --input two.sdm p.csv": "is not one file of puzzles",
     "--predict --input bad.sdk": "bad.sdk: line 1: a row is nine cells",
     "--predict --input two.sdm --output a.sdk": "an .sdk file holds one board",

@@ -711,7 +711,26 @@ def test_a_run_on_own_pictures_says_what_it_found_and_what_to_do(capsys):
     assert main("--evaluate p --data other --output b.json") == 0
     found = json.loads(Path("b.json").read_text())
     assert (found["split"], found["samples"]) == ("all", 46)
-    assert main("--predict p --input photos/ant/0.png") == 0
+    # the classes of other data are found by their names
+    shutil.copytree("photos/bee", "fewer/bee")
+    shutil.copytree("photos/ant", "fewer/zebra")
+    assert main("--evaluate p --data fewer") == 2
+    assert "['zebra']" in capsys.readouterr().err
+    three, two = Path("three"), Path("two")
+    for name in ("ant", "bee", "cow"):
+        shutil.copytree("photos/bee", three / name)
+    assert main(f"{small}3 --data three --batch_size 8") == 0
+    for name in ("bee", "cow"):
+        shutil.copytree(three / name, two / name)
+    assert main("--evaluate p3 --data two --output c.json") == 0
+    found = json.loads(Path("c.json").read_text())["per_class"]
+    assert [(row["class"], row["samples"]) for row in found] == [("ant", 0), ("bee", 6), ("cow", 6)]
+    assert main("--resume --run_name p") == 0  # a job queue starts a finished run again
+    assert "finished already" in capsys.readouterr().out
+    Path("photos/ant/x.heic").touch()
+    capsys.readouterr()
+    assert main("--predict p --input photos") == 0
+    assert "photos: passed over 1 .heic; convert" in capsys.readouterr().out
 
 
 def test_training_from_scratch_on_few_pictures_names_the_better_way():
