@@ -1374,25 +1374,34 @@ def settle_batch(args, samples, memory, free):
 # --------------------------------------------------------------------- new and resumed runs
 
 
-def open_run(args, given, held):
-    """(state, run) of a new run or of one that goes on; `held` keeps its folder locked."""
-    (rank, ranks), saved, resumes = utils.world(), None, True
-    own = {key: value for key, value in vars(args).items() if key not in FREE_ON_RESUME}
-    utils.check_agreement({"flags": (own, args.run_name), "versions of torch": torch.__version__})
+def find_saved(args, held):
+    """(folder of the run, the checkpoint that it goes on from or None); see `open_run`."""
+    rank = utils.world()[0]
     if args.resume is not None and (args.resume or not args.run_name):
         folder = utils.find_run(RUNS, args.resume)
     else:
         folder = RUNS / (args.run_name or utils.dated_name(args.model))
-        resumes = args.resume is not None and utils.any_process(utils.has_checkpoints(folder))
+        if args.resume is None or not utils.any_process(utils.has_checkpoints(folder)):
+            return folder, None
+    with utils.first_process_first(rank == 0):  # it sets aside what is damaged
+        if rank == 0 and folder.is_dir():
+            held.enter_context(utils.lock(folder))
+        saved = utils.load_newest(folder, [*SAVED, "meta", "flags"], set_aside=rank == 0)
+    utils.check_agreement({"checkpoints; they need one folder runs": saved and saved["step"]})
+    if saved["finished"] and not args.resume:  # a job queue starts it once more
+        utils.logger()(f"run        {folder} | finished already")
+        sys.exit(0)
+    return folder, saved
+
+
+def open_run(args, given, held):
+    """(state, run) of a new run or of one that goes on; `held` keeps its folder locked."""
+    rank, ranks = utils.world()
+    own = {key: value for key, value in vars(args).items() if key not in FREE_ON_RESUME}
+    utils.check_agreement({"flags": (own, args.run_name), "versions of torch": torch.__version__})
+    folder, saved = find_saved(args, held)
+    resumes = saved is not None
     if resumes:
-        with utils.first_process_first(rank == 0):  # it sets aside what is damaged
-            if rank == 0 and folder.is_dir():
-                held.enter_context(utils.lock(folder))
-            saved = utils.load_newest(folder, [*SAVED, "meta", "flags"], set_aside=rank == 0)
-        utils.check_agreement({"checkpoints; they need one folder runs": saved and saved["step"]})
-        if saved["finished"] and not args.resume:  # a job queue starts it once more
-            utils.logger()(f"run        {folder} | finished already")
-            sys.exit(0)
         args = merge_flags(folder, saved, args, given)
     elif not args.find_lr:
         utils.check_unused(folder)

@@ -292,7 +292,7 @@ TINY --run_name stopped --resume other |
     --resume 'other': no such run there are done, older, puzzles, stopped
 --resume nothing                               | --resume 'nothing': no such run
 --resume done                                  | --resume done: finished already
---resume --run_name done                       | --resume done: finished already
+--resume done                                  | --resume done: finished already
 --resume older                                 | has no flags
 --resume --run_name older                      | has no flags
 --resume stopped --lr 0.5                      | --lr 0.5: the run has 0.003
