@@ -96,7 +96,7 @@ def load(source, image_size=0, val_fraction=0.1, max_samples=0, seed=0, cache_di
             splits[name] = Split(split.images[rows], split.labels[rows])
     if "val" not in splits and val_fraction > 0:
         splits["train"], splits["val"] = set_aside(splits["train"], val_fraction, seed)
-        text = f"{data.description}; val is {val_fraction:.0%} of each class of train"
+        text = f"{data.description}; val is {100 * val_fraction:.3g}% of each class of train"
         data = replace(data, description=text)
     mean, std = pixel_statistics(splits["train"].images)
     return replace(data, splits=splits, mean=mean, std=std)
@@ -509,6 +509,9 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
         splits[name] = Split(Rows(images, np.arange(start, start + len(rows))), labels, names)
         start += len(rows)
     passed, description = passed_over(root), f"{root.resolve().name} (image folder)"
+    stray = len(pictures_in(root)) - len(paths)
+    if stray > 0 and not max_samples:
+        passed += f"{', ' * bool(passed)}{stray} pictures outside the class folders"
     return Data(splits, classes, image_size, description + f"; passed over {passed}" * bool(passed))
 
 
@@ -623,7 +626,7 @@ def find_pictures(*places):
 
 def decode_cached(paths, root, size, cache_dir):
     """Return a memory map uint8 [len(paths), size, size, 3] of the decoded pictures, in place of
-    older ones of the same folder. Names, sizes and times of the files identify it. One ValueError
+    older ones of the same folder and count. Names, sizes and times of the files identify it. One ValueError
     names all unreadable pictures."""
     entries = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     family = f"{mix(str(root.resolve()), size, len(paths)):x}"

@@ -102,14 +102,15 @@ def build_parser():
             ("data", path, None, "folder of class folders, or IDX, CIFAR, NPZ or puzzle files; else built-in data"),
             ("config", str, None, "preset of configs.json, such as finetune; other flags override it"),
             ("model", list(models.MODELS), "efficientnet_b0", "network to train"),
-            ("pretrained", path, None, "file of weights to start from; without one: official EfficientNet-B0"),
+            ("pretrained", path, None, "file of weights to start from; the flag alone: official EfficientNet-B0"),
             ("epochs", positive, 10, "passes over the training split"),
             ("batch_size", num(int, 1, word="auto"), 16, "samples at once; auto: what fits in memory"),
             ("lr", num(float, 0, open_low=True, word="auto"), None,
              "peak learning rate; auto: by a range test; default: by optimizer"),
             ("device", str, "auto", "device to train on: auto, cuda, cuda:N, mps or cpu"),
             ("run_name", utils.run_name, None, "name of the run's folder under runs/; else model and time"),
-            ("resume", lambda text: text and path(text), None, "name of the run to go on with; without one: the last"),
+            ("resume", lambda text: text and path(text), None,
+             "name of the run to go on with; the flag alone: the last unfinished"),
         ),
         "data": (
             ("image_size", size, 0, "side of the images in px; 0: by the source"),
@@ -133,7 +134,7 @@ def build_parser():
             ("class_weights", ["off", "balanced"], "off", "loss weights by inverse class frequency"),
         ),
         "training": (
-            ("min_steps", count, 0, "least steps of a run: small sets get smaller batches, more epochs"),
+            ("min_steps", count, 0, "smallest number of steps: small sets get smaller batches, more epochs"),
             ("accumulation_steps", positive, 1, "micro-batches of a step"),
             ("effective_batch", positive, None, "samples of a step, in place of accumulation steps"),
             ("clip_grad_norm", at_least_0, 0.0, "largest gradient norm; 0: no clipping"),
@@ -516,8 +517,8 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
     turns (images, targets, index) into inputs and targets; `seed` determines dropout; for `sam_rho`
-    see `uphill`. A loss or gradient that is not finite changes nothing. Where memory runs out, it is
-    done again in halves. Returns (totals as in `batch_totals`, gradient norm, whether it was good).
+    see `uphill`. A loss or gradient that is not finite changes nothing. Where memory runs out, the
+    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, whether it was good).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
@@ -988,7 +989,8 @@ def report_best(state, run):
         names = " ".join(str(file) for file in files if file.exists())
         run.log(f"evaluate   python train.py --evaluate {names}")
     inputs = "puzzles.csv" if run.args.model == "sudoku_gnn" else "PICTURES"
-    run.log(f"predict    python train.py --predict {folder.name} --input {inputs}")
+    if run.meta["in_channels"] in (1, 3):
+        run.log(f"predict    python train.py --predict {folder} --input {inputs}")
     if run.args.tensorboard:
         run.log(f"watch      tensorboard --logdir {folder}")
 
@@ -1160,8 +1162,8 @@ def prepare(args, saved=None):
         args.device, args.amp, args.channels_last, args.deterministic, args.memory_gb)
     with utils.first_process_first(os.environ.get("LOCAL_RANK", "0") == "0"):  # fills the cache
         source = load_source(args)
+    hints = fit_steps(args, len(source.splits["train"])) if args.min_steps and not saved else []
     settle(args, source)
-    hints = fit_steps(args, len(source.splits["train"])) if args.min_steps else []
     weights, origin = starting_weights(args, saved)
     meta = describe_model(args, source, origin)
     utils.check_agreement({"data": meta["fingerprint"], "classes": meta["classes"]})
@@ -1230,6 +1232,8 @@ def settle(args, source):
         (not puzzles and max(args.crop_padding, args.cutout) >= args.image_size,
          f"--crop_padding {args.crop_padding}, --cutout {args.cutout}: must be below the image size, "
          f"{args.image_size}"),
+        (args.color_jitter and train.images.shape[-1] != 3,
+         "--color_jitter: needs images with three channels; leave it out"),
         (batch != "auto" and batch > len(train),
          f"--batch_size {batch}: there are {len(train)} training samples; give less"),
         ((args.effective_batch or 0) > max(128, len(train)),
@@ -1248,29 +1252,34 @@ def find_hints(args, source, meta):
     if 0 < len(val) < 100:
         yield f"{len(val)} validation samples: one of them changes a metric by {1 / len(val):.1%}"
     if max(counts) > 3 * min(counts) and args.class_weights == "off":
-        yield "the largest class has over three times the images of the smallest: --class_weights balanced"
-    if args.data and not args.pretrained and args.model == "efficientnet_b0" and sum(counts) < 5000:
-        yield ("few images for efficientnet_b0 from scratch: --config finetune; without a network, "
-               "--model custom")
+        yield "the largest class has over three times the images of the smallest: try --class_weights balanced"
+    fits = args.model == "efficientnet_b0" and meta["in_channels"] in (1, 3)
+    if args.data and fits and not args.pretrained and sum(counts) < 5000:
+        yield "few images for efficientnet_b0 from scratch: try --config finetune; offline --model custom"
 
 
 def fit_steps(args, samples):
     """Mutates `args` until a run has `min_steps`: 20 an epoch or more, by smaller batches, then by
     more epochs. Below 16 images a step, fine-tuning gets worse. Notes for the log on what changed."""
-    before, ranks = (args.batch_size, args.accumulation_steps, args.epochs), utils.world()[1]
-    steps = lambda: -(-samples // (args.batch_size * args.accumulation_steps * ranks))
-    while steps() < 20 and args.batch_size * args.accumulation_steps > 16:
+    size, accumulation, epochs, ranks = (
+        args.batch_size, args.accumulation_steps, args.epochs, utils.world()[1])
+
+    def steps():
+        batches = len(data.chunks(torch.zeros(samples), args.batch_size))
+        return -(-batches // (args.accumulation_steps * ranks))
+
+    while steps() < 20 and args.batch_size * args.accumulation_steps * ranks >= 32:
         if args.accumulation_steps > 1:
             args.accumulation_steps //= 2
         else:
             args.batch_size //= 2
     args.epochs = max(args.epochs, -(-args.min_steps // steps()))
-    after = args.batch_size, args.accumulation_steps, args.epochs
-    if after == before:
-        return []
-    size, steps, epochs = before
-    return [f"few images, so {args.batch_size} x {args.accumulation_steps} a step in place of "
-            f"{size} x {steps}, and {args.epochs} epochs in place of {epochs}"]
+    changes, now = [], (args.batch_size, args.accumulation_steps)
+    if now != (size, accumulation):
+        changes.append(f"{now[0]} x {now[1]} a step in place of {size} x {accumulation}")
+    if args.epochs != epochs:
+        changes.append(f"{args.epochs} epochs in place of {epochs}")
+    return [f"few samples, so {' and '.join(changes)}"] if changes else []
 
 
 def starting_weights(args, saved):
@@ -1280,12 +1289,18 @@ def starting_weights(args, saved):
     if args.pretrained == "official":
         if args.model != "efficientnet_b0":
             raise ValueError("--pretrained: only efficientnet_b0 has official weights; give a file, "
-                             "or leave out --config finetune")
+                             "or leave out --pretrained (or --config finetune)")
         return models.official_weights(), IMAGENET
     found = utils.load_checkpoint(args.pretrained, legacy=True)
     meta = found.get("meta")
     own = isinstance(meta, dict) and {"mean", "std"} <= meta.keys()
     return found.get("model", found) or {}, meta if own else IMAGENET
+
+
+def fingerprint(source):
+    """What tells whether two loads gave the same training data."""
+    sizes = [len(split) for split in source.splits.values()]
+    return [*source.mean, *source.std, *sizes, zlib.crc32(source.splits["train"].labels.data)]
 
 
 def describe_model(args, source, origin):
@@ -1295,7 +1310,6 @@ def describe_model(args, source, origin):
         arguments.setdefault("stem_stride", models.stem_stride_for(source.image_size))
     fits = origin and len(origin["mean"]) == len(source.mean)  # weights keep their own statistics
     mean, std = (origin["mean"], origin["std"]) if fits else (source.mean, source.std)
-    sizes = [len(split) for split in source.splits.values()]
     puzzles, classes = args.model == "sudoku_gnn", len(source.classes)
     counts = [] if puzzles else np.bincount(train.labels, minlength=classes).tolist()
     return {
@@ -1304,7 +1318,7 @@ def describe_model(args, source, origin):
         "image_size": source.image_size, "stored_size": train.images.shape[1],
         "mean": list(mean), "std": list(std),
         "class_counts": counts,
-        "fingerprint": [*source.mean, *source.std, *sizes, zlib.crc32(train.labels.data)],
+        "fingerprint": fingerprint(source),
         "source": {"data": args.data and full_path(args.data), "val_fraction": args.val_fraction,
                    "max_samples": args.max_samples, "seed": args.seed},
     }
@@ -1388,9 +1402,6 @@ def find_saved(args, held):
             held.enter_context(utils.lock(folder))
         saved = utils.load_newest(folder, [*SAVED, "meta", "flags"], set_aside=rank == 0)
     utils.check_agreement({"checkpoints; they need one folder runs": saved and saved["step"]})
-    if saved["finished"] and not args.resume:  # a job queue starts it once more
-        utils.logger()(f"run        {folder} | finished already")
-        sys.exit(0)
     return folder, saved
 
 
@@ -1403,6 +1414,9 @@ def open_run(args, given, held):
     resumes = saved is not None
     if resumes:
         args = merge_flags(folder, saved, args, given)
+        if saved["finished"]:  # a job queue starts it once more
+            utils.logger()(f"run        {folder} | finished already")
+            sys.exit(0)
     elif not args.find_lr:
         utils.check_unused(folder)
     state, run, lines = prepare(args, saved)
@@ -1453,7 +1467,7 @@ def save_samples(run):
     inputs, _ = run.task.augment(images, labels, index, 0)
     mean, std = (torch.tensor(run.meta[key])[:, None, None] for key in ("mean", "std"))
     pixels = (inputs.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
-    titles = [run.meta["classes"][k] for k in labels.tolist()]
+    titles = [utils.short(run.meta["classes"][k]) for k in labels.tolist()]
     heading = "training images as the network sees them in the first epoch"
     utils.save_contact_sheet(run.folder / "samples.png", pixels.numpy(), titles, heading)
 
@@ -1464,7 +1478,7 @@ def merge_flags(folder, saved, args, given):
     where, ranks = f"--resume {folder.name}", utils.world()[1]
     if strange := settled.keys() ^ (vars(args).keys() - MODES):
         raise ValueError(f"{where}: another version of the kit wrote it ({min(strange)}); use that")
-    if saved["finished"]:
+    if saved["finished"] and args.resume:
         best = folder / "best.pt"
         raise ValueError(f"{where}: finished already; to train on, start a run with --pretrained {best}")
     for key, value in given.items():
@@ -1533,7 +1547,7 @@ def run_evaluate(args):
         if best is None or result[task.metrics[0]] > best[task.metrics[0]]:
             best, pictures = result, drawn  # only one checkpoint's images are kept
         results.append(result)
-    if results[0]["split"] == "val":
+    if any(result["chose_checkpoint"] for result in results):
         print("note: these samples chose the checkpoint; give --data PATH with others for a fair test")
     if len(results) > 1:
         print("\n".join(["", *utils.side_by_side(results)]))
@@ -1556,6 +1570,12 @@ def score(path, args):
         names.append("train")
     source = load_source(argparse.Namespace(**flags))
     name = next((name for name in names if name in source.splits), None)
+    if name == "train":  # the training data at another path: only what was set aside is fair
+        flags |= {**meta["source"], "data": args.data}
+        with contextlib.suppress(ValueError):
+            again = load_source(argparse.Namespace(**flags))
+            if "val" in again.splits and fingerprint(again) == meta.get("fingerprint"):
+                source, name = again, "val"
     if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
     split, name = source.splits[name], "all" if name == "train" else name
@@ -1565,7 +1585,7 @@ def score(path, args):
         raise ValueError(f"--data: classes {utils.shorten(strange or known)} in {channels} channels do "
                          f"not fit {path}, with {utils.shorten(known)} in {meta['in_channels']}")
     if source.classes != known:  # other data may lack a class
-        index = np.array([known.index(name) for name in source.classes])
+        index = np.array([known.index(name) for name in source.classes], np.int64)
         split = replace(split, labels=index[split.labels])
     device, order = next(model.parameters()).device, torch.arange(len(split))
     fetch = data.batches(split, device, utils.free_bytes(device) // 4, args.workers)
@@ -1591,6 +1611,7 @@ def score(path, args):
     median, slow = np.percentile(latency[3:], (50, 95)) * 1e3
     return {
         "checkpoint": str(path), "data": source.description, "split": name, "samples": len(split),
+        "chose_checkpoint": name == "val" and fingerprint(source) == meta.get("fingerprint"),
         "tta": args.tta, **result, "latency_ms": median, "latency_p95_ms": slow,
         "samples_per_second": rate, "batch_size": size,
     }, task, drawn
@@ -1612,7 +1633,10 @@ def run_predict(args):
 def predict_images(apply, meta, device, args):
     """Classes of the pictures of --input, printed and written; 1 if some could not be read."""
     paths, size, channels = data.find_pictures(*args.input), meta["stored_size"], meta["in_channels"]
-    for place in filter(os.path.isdir, args.input):
+    if channels not in (1, 3):
+        raise ValueError(f"--predict {args.predict}: takes {channels} channels, pictures have 3; "
+                         "use --evaluate")
+    for place in filter(os.path.isdir, map(os.path.expanduser, args.input)):
         if passed := data.passed_over(Path(place)):
             print(f"note: {place}: passed over {passed}; convert pictures to JPEG or PNG")
     rows, broken = [], []

@@ -140,8 +140,8 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
             if re.search("this kit reads up to|another version of the kit", str(error)):
                 raise
             if set_aside:
-                count = len(list(folder.glob(f"{path.stem}.damaged*")))
-                aside = path.with_suffix(f".damaged{count or ''}")
+                names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
+                aside = next(name for name in names if not name.exists())
                 os.replace(path, aside)
                 log(f"warning: {error}; set aside as {aside.name}")
     if not usable and has_checkpoints(folder):
@@ -299,7 +299,8 @@ def show(bar, text_of, *arguments):
         bar.shown_at = now
         text = text_of(*arguments)
         if bar.disable:
-            tqdm.write(f"{bar.title}, {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a closed pipe does not end the run
+                tqdm.write(f"{bar.title}, {text}", file=sys.stderr)
         else:
             bar.set_postfix_str(text, refresh=False)
 

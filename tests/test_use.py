@@ -651,6 +651,8 @@ def test_the_bar_says_what_is_left():
     (270, (64, 2, 10), (16, 1, 12)),  # 17 steps an epoch even so: more epochs
     (86, (32, 2, 10), (16, 1, 34)),
     (640, (64, 4, 10), (32, 1, 10)),
+    (33, (16, 1, 10), (16, 1, 100)),  # two steps: a last batch of one joins the one before
+    (200, (20, 1, 10), (20, 1, 20)),  # never below 16 a step
     (50_000, (64, 2, 10), (64, 2, 10)),
     (30, (4, 2, 1), (4, 2, 50)),
 ])
@@ -660,7 +662,8 @@ def test_small_sets_get_enough_steps(samples, flags, settled):
     notes = train.fit_steps(args, samples)
     assert tuple(getattr(args, name) for name in names) == settled
     assert bool(notes) == (flags != settled)
-    steps = -(-samples // (args.batch_size * args.accumulation_steps))
+    batches = len(data.chunks(torch.zeros(samples), args.batch_size))
+    steps = -(-batches // args.accumulation_steps)
     assert steps * args.epochs >= 200
 
 
@@ -692,7 +695,7 @@ def test_a_run_on_own_pictures_says_what_it_found_and_what_to_do(capsys):
     for words in ("photos (image folder); val is 10% of each class of train, 24 px",
                   "classes    2: ant 36, bee 5", "hint       5 validation samples", "by 20.0%",
                   "--class_weights balanced", "best.pt (raw weights)",
-                  "python train.py --predict p --input PICTURES"):
+                  f"python train.py --predict {Path('runs/p')} --input PICTURES"):
         assert words in log, words
     if not utils.missing("matplotlib"):
         assert Path("runs/p/samples.png").read_bytes().startswith(PNG)
@@ -707,10 +710,15 @@ def test_a_run_on_own_pictures_says_what_it_found_and_what_to_do(capsys):
     assert "these samples chose the checkpoint" in capsys.readouterr().out
     found = json.loads(Path("a.json").read_text())
     assert (found["split"], found["samples"]) == ("val", 5) and "top5_accuracy" not in found
+    shutil.copytree("photos", "moved")  # the training data at another path: only what was set aside
+    assert main("--evaluate p --data moved --output b.json") == 0
+    found = json.loads(Path("b.json").read_text())
+    assert (found["split"], found["samples"]) == ("val", 5)
     shutil.copytree("photos", "other")
+    Path("other/ant/0.png").unlink()
     assert main("--evaluate p --data other --output b.json") == 0
     found = json.loads(Path("b.json").read_text())
-    assert (found["split"], found["samples"]) == ("all", 46)
+    assert (found["split"], found["samples"]) == ("all", 45)
     # the classes of other data are found by their names
     shutil.copytree("photos/bee", "fewer/bee")
     shutil.copytree("photos/ant", "fewer/zebra")
