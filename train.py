@@ -257,13 +257,6 @@ def parse_preset(parser, name):
     return flags
 
 
-def raise_first(conditions):
-    """ValueError with the message of the first of (condition, message) that holds."""
-    for wrong, message in conditions:
-        if wrong:
-            raise ValueError(message)
-
-
 def check_flags(args, given):
     """Mutates `args`: types the KEY=VALUE arguments. ValueError for flags that do not go together.
 
@@ -284,7 +277,7 @@ def check_flags(args, given):
     swa, frozen, epochs, warmup_epochs = (
         args.swa_start_epoch, args.freeze_epochs, args.epochs, args.warmup_epochs)
     automatic = args.effective_batch or args.batch_size == "auto"
-    raise_first((
+    utils.raise_first((
         (version < [2, 10], f"torch {torch.__version__}: is too old; install 2.10 or later"),
         (mode in READ_BY and several, f"--{mode}: is for one process; start it without torchrun"),
         (args.compile != "off" and args.checkpoint_activations,
@@ -309,7 +302,7 @@ def check_flags(args, given):
     if mode in READ_BY or args.resume or (args.resume == "" and not args.run_name):
         return  # the checkpoint holds the rest
     rises = args.scheduler == "onecycle"  # and falls by itself
-    raise_first((
+    utils.raise_first((
         (args.max_lr and not rises, "--max_lr: is for --scheduler onecycle; give --lr"),
         (args.max_lr and args.lr == "auto", "--max_lr: is what --lr auto finds; leave one of them out"),
         (rises and args.warmup_epochs, "--warmup_epochs: onecycle warms up itself; leave it out"),
@@ -1224,7 +1217,7 @@ def settle(args, source):
     names = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
     stride = args.model_args.get("stem_stride", 1)
     smallest = {"efficientnet_b0": 32, "custom": max(24, 9 * stride)}.get(args.model, 0)
-    raise_first((
+    utils.raise_first((
         (args.image_size < smallest,
          f"--image_size {args.image_size}: {args.model} needs {smallest} px or more"),
         (batch == 1 and args.model == "efficientnet_b0" and args.image_size <= 32,
@@ -1389,7 +1382,7 @@ def settle_batch(args, samples, memory, free):
 
 
 def find_saved(args, held):
-    """(folder of the run, the checkpoint that it goes on from or None); see `open_run`."""
+    """(the run's folder, the checkpoint to go on from or None); `held` keeps the folder locked."""
     rank = utils.world()[0]
     if args.resume is not None and (args.resume or not args.run_name):
         folder = utils.find_run(RUNS, args.resume)
@@ -1570,7 +1563,7 @@ def score(path, args):
         names.append("train")
     source = load_source(argparse.Namespace(**flags))
     name = next((name for name in names if name in source.splits), None)
-    if name == "train":  # the training data at another path: only what was set aside is fair
+    if name == "train" and not puzzles:  # perhaps the training set, moved: only its val is fair
         flags |= {**meta["source"], "data": args.data}
         with contextlib.suppress(ValueError):
             again = load_source(argparse.Namespace(**flags))

@@ -540,20 +540,27 @@ def nearest(name, names):
     return f"did you mean {close[0]}?" if close else "see --help"
 
 
+def raise_first(conditions):
+    """ValueError with the message of the first of (condition, message) whose condition is true."""
+    for wrong, message in conditions:
+        if wrong:
+            raise ValueError(message)
+
+
 def check_output(path, suffixes, inputs):
     """ValueError unless the --output file `path` can be written; `inputs` are paths or None."""
     path = Path(path)
     used = path.exists() and any(path.samefile(x) for x in inputs if x and Path(x).exists())
-    for wrong, message in (
+    where = f"--output {path}:"
+    raise_first((
         # the temporary's name is longer, and 255 is the limit
-        (len(os.fsencode(path.name)) > 200, "must be a name of at most 200 bytes; shorten it"),
+        (len(os.fsencode(path.name)) > 200, f"{where} must be a name of at most 200 bytes; shorten it"),
         (path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir(),
-         f"must be a {' or '.join(suffixes)} file in a folder that exists"),
-        (not os.access(path.parent, os.W_OK), "its folder cannot be written to; choose another"),
-        (used, "is an input too; choose another name"),
-    ):
-        if wrong:
-            raise ValueError(f"--output {path}: {message}")
+         f"{where} must be a {' or '.join(suffixes)} file in a folder that exists"),
+        (not os.access(path.parent, os.W_OK),
+         f"{where} its folder cannot be written to; choose another"),
+        (used, f"{where} is an input too; choose another name"),
+    ))
 
 
 def read_preset(path, name):
