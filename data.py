@@ -11,7 +11,6 @@ this file imports torch, numpy, tqdm and the standard library only (image folder
         inputs = augment(images, index, 0, 0, image_size=64, mean=data.mean, std=data.std)
 """
 
-import contextlib
 import functools
 import glob
 import gzip
@@ -24,12 +23,12 @@ import re
 import shutil
 import signal
 import time
-import uuid
 import warnings
 import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +71,16 @@ class Data:
     description: str
     mean: tuple = ()
     std: tuple = ()
+
+    @property
+    def channels(self):
+        split = next(iter(self.splits.values()))
+        return (*split.images.shape[3:], 1)[0]  # puzzles have none
+
+    def fingerprint(self):
+        """What tells whether two loads gave the same training data."""
+        sizes = [len(split) for split in self.splits.values()]
+        return [*self.mean, *self.std, *sizes, zlib.crc32(self.splits["train"].labels.data)]
 
 
 # ---------------------------------------------------------------------------------------- sources
@@ -136,7 +145,7 @@ def files_in(folder, pattern, root):
     return [inside(p, root) for p in sorted(folder.glob(pattern)) if p.is_file()]
 
 
-@contextlib.contextmanager
+@contextmanager
 def unpacked(path):
     """Open a file for reading bytes, unpacked if it is gzip; ValueError if it is damaged."""
     with open(path, "rb") as file:
@@ -148,20 +157,19 @@ def unpacked(path):
         raise ValueError(f"{path}: damaged gzip ({one_line(error)}); fetch it again") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def new_file(target, size):
-    """Open a file of `size` bytes for writing that becomes `target` once it is complete. On any
-    error nothing of it remains. Partial files that killed processes left a day ago are removed.
-    ValueError if the disk has too little room."""
+    """Open a file of `size` bytes for writing that becomes `target` once complete; on an error
+    nothing remains. Removes partial files of killed processes. ValueError for too little room."""
     folder = target.parent.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{uuid.uuid4().hex}.partial")
+    partial = target.with_suffix(f".{os.urandom(8).hex()}.partial")
     try:
         free = shutil.disk_usage(folder).free
         require(size <= free,
                 f"--cache_dir {folder}: needs {size >> 20:,} MiB, has {free >> 20:,}; make room")
         for stale in folder.glob("*.partial"):
-            with contextlib.suppress(OSError):  # another process may have removed it
+            with suppress(OSError):  # another process may have removed it
                 if stale.stat().st_mtime < time.time() - 86_400:
                     stale.unlink()
         with open(partial, "wb") as file:
@@ -171,7 +179,7 @@ def new_file(target, size):
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it is not empty
+        with suppress(OSError):  # it is not empty
             folder.rmdir()
 
 
@@ -179,15 +187,13 @@ def new_file(target, size):
 
 
 def built_in(image_size=64):
-    """Return ten classes of shapes drawn with signed distances, always the same images. Position,
-    radius, rotation, colours, background gradient and noise vary, so that neither the mean colour
-    nor any single pixel tells the class. Classes take turns."""
+    """Return ten classes of shapes, in turn, always the same images. Position, radius, rotation,
+    colours, gradient and noise vary, so that no mean colour and no single pixel tells the class."""
     classes = "bars crescent cross disk frame half_disk ring square star triangle".split()
-    counts = {"train": 3000, "val": 500, "test": 500}
-    total = sum(counts.values())
-    require_bytes(f"--image_size {image_size}: {total:,} images take", total * image_size**2 * 3)
-    labels = np.arange(total) % len(classes)
-    images = np.empty((total, image_size, image_size, 3), np.uint8)
+    count, ends = 4000, (3000, 3500)  # images in all; where train and val end
+    require_bytes(f"--image_size {image_size}: {count:,} images take", count * image_size**2 * 3)
+    labels = np.arange(count) % len(classes)
+    images = np.empty((count, image_size, image_size, 3), np.uint8)
     step = min(250, 250 * 256**2 // image_size**2)
 
     def draw(start):  # part by part: bounds the working memory and uses two cores
@@ -195,12 +201,9 @@ def built_in(image_size=64):
         images[part] = draw_shapes(labels[part], image_size, np.random.default_rng((2024, start)))
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(draw, range(0, total, step)))
-    splits, start = {}, 0
-    for name, count in counts.items():
-        splits[name] = Split(images[start : start + count], labels[start : start + count])
-        start += count
-    return Data(splits, classes, image_size, "built-in shapes")
+        list(pool.map(draw, range(0, count, step)))
+    parts = map(Split, np.split(images, ends), np.split(labels, ends))
+    return Data(dict(zip(("train", "val", "test"), parts)), classes, image_size, "built-in shapes")
 
 
 def draw_shapes(labels, size, rng):
@@ -210,8 +213,8 @@ def draw_shapes(labels, size, rng):
     def draw(low, high, *shape):  # float32 [N, *shape, 1, 1]
         return rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)
 
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    y, x = axis[None, :, None], axis[None, None, :]
+    x = np.linspace(-1, 1, size, dtype=np.float32)
+    y = x[:, None]
     angle, radius = draw(0, 2 * math.pi), draw(0.5, 0.85)
     x_moved, y_moved = x - draw(-0.25, 0.25), y - draw(-0.25, 0.25)
     # [N, size, size] coordinates in the frame of the shape, in units of its radius
@@ -224,11 +227,11 @@ def draw_shapes(labels, size, rng):
     # [N, 1, size, size] opacity, smooth over one pixel
     alpha = np.clip(0.5 - distance * radius * size / 2, 0, 1)[:, None]
     # half the shapes are lighter than their background, half are darker
-    light = rng.permuted(np.arange(count)[:, None] < count // 2, axis=0)[:, :, None, None]
+    light = rng.permutation(np.arange(count) < count // 2)[:, None, None, None]
     dark_colour, light_colour = draw(0.0, 0.45, 3), draw(0.55, 1.0, 3)  # [N, 3, 1, 1]
     colour = np.where(light, light_colour, dark_colour)
     ground = np.where(light, dark_colour, light_colour)
-    ground = ground + draw(-0.2, 0.2, 3) * x[:, None] + draw(-0.2, 0.2, 3) * y[:, None]
+    ground = ground + draw(-0.2, 0.2, 3) * x + draw(-0.2, 0.2, 3) * y
     image = ground + alpha * (colour - ground)
     noise = rng.standard_normal((count, 1, size, size), np.float32) * draw(0.01, 0.08, 1)
     return np.moveaxis(np.clip((image + noise) * 255, 0, 255).astype(np.uint8), 1, 3)
@@ -270,11 +273,11 @@ def load_npz(path, image_size=0):
     Images are uint8, or float in [0, 1], of shape [N, H, W], [N, H, W, C] or [N, C, H, W]."""
     try:
         arrays = read_npz(path)
-    except (ValueError, OSError) as error:  # from numpy: object arrays, bad headers
-        raise ValueError(f"{path}: {one_line(error)}") from None
-    except Exception as error:  # a damaged zip raises BadZipFile, zlib.error, RuntimeError, ...
-        message = f"not a whole NPZ file ({one_line(error)}); puzzles need --model sudoku_gnn"
-        raise ValueError(f"{path}: {message}") from None
+    except Exception as error:
+        problem = one_line(error)
+        if not isinstance(error, ValueError | OSError):  # of a damaged zip: zlib.error and more
+            problem = f"not a whole NPZ file ({problem}); puzzles need --model sudoku_gnn"
+        raise ValueError(f"{path}: {problem}") from None
     pairs, names = {}, sorted(arrays) or "neither"
     for key, split in (("", "train"), *SPLIT_NAMES.items()):
         x, y = (f"{letter}_{key}".rstrip("_") for letter in "xy")
@@ -350,15 +353,15 @@ def load_cifar(path, image_size=0):
     for folder, (width, count, *patterns, listing) in itertools.product(folders, CIFAR):
         pairs = {}
         for split, pattern in zip(("train", "test"), patterns):
-            files = files_in(folder, pattern, path)
-            for file in files:
+            parts = []
+            for file in files_in(folder, pattern, path):
                 size = file.stat().st_size
                 require_bytes(f"{file}:", size)
                 require(size and size % width == 0,
                         f"{file}: {size:,} bytes are not whole rows of {width}; fetch it again")
-            if files:
-                rows = np.concatenate([np.fromfile(file, np.uint8) for file in files])
-                rows = rows.reshape(-1, width)
+                parts.append(np.fromfile(file, np.uint8).reshape(-1, width))
+            if parts:
+                rows = np.concatenate(parts)
                 pixels = rows[:, -3072:].reshape(-1, 3, 32, 32)
                 pairs[split] = folder / pattern, pixels, rows[:, -3073]
         if "train" in pairs:
@@ -373,9 +376,8 @@ def from_arrays(description, pairs, image_size, classes=None):
     """Return the `Data` of {split: (where, images, labels)}; errors begin with `where`."""
     highest = len(classes) - 1 if classes else 65_535
     splits = {name: checked_split(*pair, highest) for name, pair in pairs.items()}
-    if classes is None:
-        highest = max(split.labels.max() for split in splits.values())
-        classes = [str(k) for k in range(highest + 1)]
+    count = 1 + max(split.labels.max() for split in splits.values())
+    classes = classes or [str(k) for k in range(count)]
     return match_size(Data(splits, classes, image_size, description))
 
 
@@ -392,13 +394,13 @@ def checked_split(where, images, labels, highest):
             f"{where}: images must be [N, H, W] or [N, H, W, 1 to 4], got {list(images.shape)}")
     require(labels.shape == (len(images),),
             f"{where}: {len(images)} images, but labels of shape {list(labels.shape)}")
-    if np.issubdtype(images.dtype, np.floating):
+    if images.dtype.kind == "f":
         require(images.min() >= 0 and images.max() <= 1,  # so no NaN either
                 f"{where}: float images must lie in [0, 1]; scale them, or give uint8 in 0 to 255")
         images = (images * 255).round().astype(np.uint8)
     require(images.dtype == np.uint8,
             f"{where}: images must be uint8, or float in [0, 1]; got {images.dtype}")
-    require(np.issubdtype(labels.dtype, np.integer),
+    require(labels.dtype.kind in "iu",
             f"{where}: labels must be integers from 0; got {labels.dtype}")
     for row in np.flatnonzero((labels < 0) | (labels > highest)):
         raise ValueError(f"{where}: labels must be 0 to {highest}; row {row} has {labels[row]}")
@@ -409,15 +411,13 @@ def match_size(data):
     """Return `data` with images of `image_size`: shorter side resized, centre cropped. `image_size`
     0 keeps the shorter side; below 24 px, which the networks need, it becomes 32."""
     where, shapes = data.description, [split.images.shape for split in data.splits.values()]
-    channels = sorted({shape[3] for shape in shapes})
-    require(len(channels) == 1, f"{where}: splits have {channels} channels; they must agree")
-    shorter = min(side for shape in shapes for side in shape[1:3])
+    counts, heights, widths, channels = zip(*shapes)
+    kinds, count, shorter = sorted({*channels}), sum(counts), min(heights + widths)
+    require(len(kinds) == 1, f"{where}: splits have {kinds} channels; they must agree")
     size = data.image_size or (shorter if shorter >= 24 else 32)
-    count = sum(shape[0] for shape in shapes)
-    require_bytes(f"--image_size {size}: {count:,} images take", count * size**2 * channels[0])
-    splits = {}
-    for name, split in data.splits.items():
-        splits[name] = Split(resize_arrays(split.images, size, where), split.labels)
+    require_bytes(f"--image_size {size}: {count:,} images take", count * size**2 * kinds[0])
+    splits = {name: Split(resize_arrays(split.images, size, where), split.labels)
+              for name, split in data.splits.items()}
     return replace(data, splits=splits, image_size=size)
 
 
@@ -435,9 +435,9 @@ def resize_arrays(images, size, where):
     out = np.empty((count, size, size, channels), np.uint8)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        x = torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2).float()
+        x = torch.tensor(images[part]).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
-        x = x[:, :, top : top + size, left : left + size].round().clamp(0, 255)
+        x = x[:, :, top : top + size, left : left + size].round()
         out[part] = x.permute(0, 2, 3, 1).numpy()
     return out
 
@@ -447,14 +447,13 @@ def resize_arrays(images, size, where):
 
 def pictures_in(folder):
     """Return the visible pictures at any depth of a folder, in the same order on every system."""
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
-    files = [p for p in files if p.name[0] != "." and p.is_file()]
-    return sorted(files, key=Path.as_posix)
+    files = [p for p in folder.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(filter(Path.is_file, files), key=Path.as_posix)
 
 
 def passed_over(folder):
     """Return the numbers of files that are no pictures, by suffix, as text; "" without any."""
-    suffixes = [p.suffix.lower() for p in Path(folder).rglob("[!.]*") if p.is_file()]
+    suffixes = [p.suffix.lower() for p in folder.rglob("[!.]*") if p.is_file()]
     others = Counter(suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES).most_common(5)
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others)
 
@@ -475,10 +474,9 @@ def scan_folder(root):
         odd = sorted(set(folders(folder)) ^ set(classes))[:5]
         require(not odd,
                 f"{folder}: class folders differ from {parts['train']}'s in {odd}; they must agree")
-        for label, name in enumerate(classes):
-            pictures = pictures_in(inside(folder / name, root))
-            require(pictures,
-                    f"{folder / name}: no image in this class folder; add some or remove it")
+        for label, place in enumerate(folder / name for name in classes):
+            pictures = pictures_in(inside(place, root))
+            require(pictures, f"{place}: no image in this class folder; add some or remove it")
             for path in pictures:
                 files[split].append((inside(path, root) if path.is_symlink() else path, label))
     require(len(classes) > 1,
@@ -492,11 +490,11 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     training crops at random and evaluation crops the centre. Needs Pillow."""
     files, classes = scan_folder(root)
     for name, rows in files.items():
-        chosen = stratified([label for _, label in rows], max_samples, seed)
+        chosen = stratified(np.array([label for _, label in rows]), max_samples, seed)
         files[name] = [rows[i] for i in chosen]
     paths = [path for rows in files.values() for path, _ in rows]
-    sides = [side for side in map(shorter_side, paths[:: max(1, len(paths) // 64)]) if side]
-    typical = int(np.median(sides)) if sides else 64
+    sides = filter(None, map(shorter_side, paths[:: max(1, len(paths) // 64)]))
+    typical = int(np.median([*sides] or [64]))
     if not image_size:
         # small pictures keep their size; others get the largest multiple of 32 that leaves a margin
         image_size = max(24, typical) if typical <= 72 else min(224, typical * 7 // 8 // 32 * 32)
@@ -504,13 +502,13 @@ def load_folder(root, image_size=0, cache_dir=".cache", max_samples=0, seed=0):
     images = decode_cached(paths, root, stored, Path(cache_dir))
     splits, start = {}, 0
     for name, rows in files.items():
-        labels = np.array([label for _, label in rows], np.int64)
+        labels = np.array([label for _, label in rows])
         names = np.array([path.name for path, _ in rows])
-        splits[name] = Split(Rows(images, np.arange(start, start + len(rows))), labels, names)
+        splits[name] = Split(Rows(images, start + np.arange(len(rows))), labels, names)
         start += len(rows)
     passed, description = passed_over(root), f"{root.resolve().name} (image folder)"
     stray = len(pictures_in(root)) - len(paths)
-    if stray > 0 and not max_samples:
+    if stray and not max_samples:
         passed += f"{', ' * bool(passed)}{stray} pictures outside the class folders"
     return Data(splits, classes, image_size, description + f"; passed over {passed}" * bool(passed))
 
@@ -524,7 +522,7 @@ def import_pillow():
     return Image, ImageOps
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_picture(path):
     """Open a picture; errors, also those of reading its pixels, become ValueErrors of one line."""
     Image, _ = import_pillow()
@@ -548,7 +546,7 @@ def open_picture(path):
 
 def shorter_side(path):
     """Return it in px, or 0 if unreadable; decoding reports all such files together."""
-    with contextlib.suppress(ValueError), open_picture(path) as image:
+    with suppress(ValueError), open_picture(path) as image:
         return min(image.size)
     return 0
 
@@ -577,8 +575,9 @@ def framed(path, stored_size, image_size):
     return decode_image(path, stored_size)[middle, middle].copy()
 
 
-def decode_all(paths, size):
-    """Yield the decoded picture of each path in order, or its ValueError, decoded in threads."""
+def decode_pictures(paths, size, channels=3, batch_size=64):
+    """Yield (paths, uint8 [n, size, size, channels], [(path, ValueError)]), a batch at a time: the
+    centre squares (one channel is Pillow's luma), and apart the pictures that cannot be read."""
     def decode(path):
         try:
             return decode_image(path, size)
@@ -587,26 +586,20 @@ def decode_all(paths, size):
 
     import_pillow()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without Python's lock
-        yield from pool.map(decode, paths)  # cancels the rest when it is closed
-
-
-def decode_pictures(paths, size, channels=3, batch_size=64):
-    """Yield (paths, uint8 [n, size, size, channels], [(path, ValueError)]), a batch at a time: the
-    centre squares (one channel is Pillow's luma), and apart the pictures that cannot be read."""
-    for start in range(0, len(paths), batch_size):
-        good, images, errors = [], [], []
-        part = paths[start : start + batch_size]
-        for path, image in zip(part, decode_all(part, size)):
-            if isinstance(image, ValueError):
-                errors.append((path, image))
-            else:
-                good.append(path)
-                images.append(image)
-        images = np.array(images, np.uint8).reshape(-1, size, size, 3)
-        if channels == 1:
-            luma = images.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
-            images = ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
-        yield good, images, errors
+        for start in range(0, len(paths), batch_size):
+            good, images, errors = [], [], []
+            part = paths[start : start + batch_size]
+            for path, image in zip(part, pool.map(decode, part)):
+                if isinstance(image, ValueError):
+                    errors.append((path, image))
+                else:
+                    good.append(path)
+                    images.append(image)
+            images = np.array(images, np.uint8).reshape(-1, size, size, 3)
+            if channels == 1:
+                luma = images @ np.array([19595, 38470, 7471], np.uint32)
+                images = ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
+            yield good, images, errors
 
 
 def find_pictures(*places):
@@ -625,32 +618,26 @@ def find_pictures(*places):
 
 
 def decode_cached(paths, root, size, cache_dir):
-    """Return a memory map uint8 [len(paths), size, size, 3] of the decoded pictures, in place of
-    older ones of the same folder and count. Names, sizes and times of the files identify it. One ValueError
-    names all unreadable pictures."""
+    """Return a memory map uint8 [len(paths), size, size, 3] of the decoded pictures, kept by a hash
+    of the files' names, sizes and times. One ValueError names all unreadable pictures."""
     entries = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    family = f"{mix(str(root.resolve()), size, len(paths)):x}"
-    key = mix(entries, size, "centre square, bicubic, 1")
-    target, shape = cache_dir / f"{family}-{key:x}.npy", (len(paths), size, size, 3)
+    key = mix(str(root.resolve()), entries, size, "centre square, bicubic, 1")
+    target, shape = cache_dir / f"{key:x}.npy", (len(paths), size, size, 3)
     if not target.exists():
-        broken = []
+        broken, batch_size = [], 2**23 // size**2 + 1  # 25 MB at once
         # written as a file, since a full disk under a memory map would kill the process
         with new_file(target, math.prod(shape)) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             npy_format.write_array_header_1_0(file, header)
-            with contextlib.closing(decode_all(paths, size)) as images:
-                for image in tqdm(images, "decode", len(paths), unit="img", disable=None):
-                    if isinstance(image, ValueError):
-                        broken.append(str(image))
-                    else:
-                        file.write(image.tobytes())
+            with tqdm(desc="decode", total=len(paths), unit="img", disable=None) as bar:
+                for good, images, errors in decode_pictures(paths, size, batch_size=batch_size):
+                    file.write(images.tobytes())
+                    broken += errors
+                    bar.update(len(good) + len(errors))
             if broken:
-                names = ", ".join(message.split(":")[0] for message in broken[1:6])
+                names = ", ".join(str(path) for path, _ in broken[1:6])
                 more = f"; {len(broken) - 1} more: {names}" if names else ""
-                raise ValueError(broken[0] + more)
-        for old in set(cache_dir.glob(f"{family}-*.npy")) - {target}:
-            with contextlib.suppress(OSError):  # on Windows another run may use it
-                old.unlink()
+                raise ValueError(f"{broken[0][1]}{more}")
     try:
         images = npy_format.open_memmap(target, mode="r")
         require((images.shape, images.dtype) == (shape, np.uint8),
@@ -682,10 +669,9 @@ def in_chunks(function, rows, size):
 
 def apply_singles(masks):
     """Return (masks after one round of naked and hidden singles, all single?, contradictory?)."""
-    single = masks & (masks - np.uint16(1)) == 0
-    fixed = np.where(single, masks, np.uint16(0))
-    seen, hidden = np.zeros_like(masks), np.zeros_like(masks)
-    broken = (masks == 0).any(0)
+    single, broken = masks & (masks - 1) == 0, (masks == 0).any(0)
+    fixed = np.where(single, masks, 0)
+    seen, hidden = np.zeros((2, *masks.shape), np.uint16)
     for units, unit_of in zip(UNITS, UNIT_OF):
         cells = masks[units]  # [9 units, 9 cells, N]
         once, twice = cells[:, 0].copy(), np.zeros_like(cells[:, 0])
@@ -701,10 +687,10 @@ def apply_singles(masks):
 
 
 def propagate(masks, goal=None):
-    """Mutate masks uint16 [81, N] by singles until nothing changes; return (solved, broken) [N].
+    """Return (masks uint16 [N, 81] after singles until nothing changes, solved? [N], broken? [N]).
     With `goal` (a cell for each puzzle) it stops when that cell is found, and `solved` says so."""
-    solved, broken = np.zeros((2, masks.shape[1]), bool)
-    active = np.arange(masks.shape[1])
+    solved, broken = np.zeros((2, len(masks)), bool)
+    active, masks = np.arange(len(masks)), masks.T.copy()
     while len(active):
         before = masks[:, active]
         after, single, bad = apply_singles(before)
@@ -712,10 +698,9 @@ def propagate(masks, goal=None):
         changed = (after != before).any(0)
         if goal is not None:
             single = COUNT[after[goal[active], np.arange(len(active))]] == 1
-            changed &= ~single
         solved[active], broken[active] = single & ~bad, bad
-        active = active[changed & ~bad]
-    return solved, broken
+        active = active[changed & ~(single | bad)]
+    return masks.T, solved, broken
 
 
 def solve(puzzles, preference=None, limit=2, max_guesses=10**6):
@@ -730,32 +715,29 @@ def search(masks, preference=None, limit=2, max_guesses=10**6, chunk=2048):
     [N, 81], zeros if none; solutions found int64 [N], at most `limit`: 1 of 2 proves uniqueness, -1
     if `max_guesses` came first; guesses int64 [N] up to the first solution)."""
     count = len(masks)
+    if preference is None:
+        preference = np.zeros((count, 1, 1), np.int8)
     if count > chunk:
-        found = []
-        for start in range(0, count, chunk):
-            part = slice(start, start + chunk)
-            lead = None if preference is None else preference[part]
-            found.append(search(masks[part], lead, limit, max_guesses))
+        parts = [slice(start, start + chunk) for start in range(0, count, chunk)]
+        found = [search(masks[part], preference[part], limit, max_guesses) for part in parts]
         return tuple(map(np.concatenate, zip(*found)))
     solutions = np.zeros((count, 81), np.uint8)
     number, guesses, tried, depth = np.zeros((4, count), np.int64)
     stack = np.empty((82, count, 81), np.uint16)  # a guess fixes a cell, so 81 levels suffice
     stack[0] = masks
     while len(active := np.flatnonzero((depth >= 0) & (number < limit) & (tried < max_guesses))):
-        masks = np.ascontiguousarray(stack[depth[active], active].T)
-        solved, broken = propagate(masks)
+        masks, solved, broken = propagate(stack[depth[active], active])
         done = active[solved]
         first = number[done] == 0
-        solutions[done[first]] = DIGIT[masks[:, solved].T][first]
+        solutions[done[first]] = DIGIT[masks[solved][first]]
         number[done] += 1
-        depth[active[solved | broken]] -= 1
-        unsolved = ~(solved | broken)
-        active, masks = active[unsolved], masks[:, unsolved].T  # [n, 81]
+        closed = solved | broken
+        depth[active[closed]] -= 1
+        active, masks = active[~closed], masks[~closed]  # [n], [n, 81]
         top, left = depth[active], COUNT[masks]  # left: candidates of a cell
         options = np.where(left > 1, masks, 0)[:, :, None] & BITS[1:]  # [n, 81, 9]
-        lead = 0 if preference is None else preference[active]
-        score = np.where(options, lead - left[:, :, None], -99)
-        best = score.reshape(len(active), 729).argmax(1)  # the first of equal ones
+        score = np.where(options, preference[active] - left[:, :, None], -99)
+        best = score.reshape(-1, 729).argmax(1)  # the first of equal ones
         cell, bit = best // 9, BITS[1 + best % 9]
         # the guess goes on top; below it stays the board without that candidate
         stack[top, active] = stack[top + 1, active] = masks
@@ -772,15 +754,14 @@ def grade(puzzles):
     """Return uint8 [N]: 0 easy, 1 medium, 2 hard (see EASY_CLUES) of uint8 [N, 81]."""
     if len(puzzles) > 8192:
         return in_chunks(grade, puzzles, 8192)
-    solved, _ = propagate(np.ascontiguousarray(BITS[puzzles].T))
+    _, solved, _ = propagate(BITS[puzzles])
     return np.where(solved, (puzzles > 0).sum(1) < EASY_CLUES, 2).astype(np.uint8)
 
 
 def generate(count, level, seed=0):
     """Return (puzzles, solutions) uint8 [count, 81] of a level by `seed`, all different. Random
     grids lose clues in random order while singles alone still solve them, which proves the solution
-    unique; hard ones lose more while the search finds one only. The first are the same for any
-    count."""
+    unique; hard ones lose more while a search finds one. The first are the same for any count."""
     found = {}
     for block in itertools.count():
         rng = np.random.default_rng(mix(seed, LEVELS.index(level), block))
@@ -811,17 +792,16 @@ def dig(level, rng):
     singles = np.full(len(solutions), level == "hard")  # hard puzzles that singles still solve
     for cells in order[:, 30:].T:
         wanted = np.flatnonzero(((puzzles > 0).sum(1) > target) | singles)
-        cell, solution = cells[wanted], solutions[wanted]
-        trial = BITS[puzzles[wanted]]
+        cell, trial = cells[wanted], BITS[puzzles[wanted]]
         trial[np.arange(len(wanted)), cell] = 511
         # a clue that singles find again was not needed: the rest is solved as before
-        good, _ = propagate(np.ascontiguousarray(trial.T), cell)
+        _, good, _ = propagate(trial, cell)
         if level == "hard":  # still unique if no other digit in this cell leads to a solution
-            unsure = np.flatnonzero(~good)
-            other, place = trial[unsure], (np.arange(len(unsure)), cell[unsure])
-            other[place] &= ~BITS[solution[unsure][place]]
+            unsure = ~good
+            other, place = trial[unsure], (np.arange(unsure.sum()), cell[unsure])
+            other[place] &= ~BITS[solutions[wanted[unsure], cell[unsure]]]
             good[unsure] = search(other, limit=1)[1] == 0
-            singles[wanted[unsure[good[unsure]]]] = False  # for good: fewer clues help no single
+            singles[wanted[unsure & good]] = False  # for good: fewer clues help no single
         puzzles[wanted[good], cell[good]] = 0
     kept = grade(puzzles) == LEVELS.index(level)
     return puzzles[kept], solutions[kept]
@@ -852,8 +832,8 @@ def read_sudoku(path, with_solutions=True, block=2**13):
         columns = grids[:1] + [i for i in grids[1:] if re.fullmatch("[1-9]*", names[i])]
         lines = itertools.chain([(number, first)], lines)
     else:
-        puzzle = [i for i, name in enumerate(names) if name in PUZZLE_COLUMNS]
-        solution = [i for i, name in enumerate(names) if name in SOLUTION_COLUMNS]
+        puzzle, solution = ([i for i, name in enumerate(names) if name in known]
+                            for known in (PUZZLE_COLUMNS, SOLUTION_COLUMNS))
         columns = puzzle[:1] + solution[:1]
         require(puzzle,
                 f"{path}: line {number}: neither 81 cells nor a header with a puzzle column, "
@@ -871,7 +851,7 @@ def puzzle_lines(path):
     number, taken, rest = 1, 0, ""
     with unpacked(path) as file:
         stream = io.TextIOWrapper(file, "utf-8-sig", "replace")
-        parts = iter(functools.partial(stream.read, 2**20), "")
+        parts = iter(lambda: stream.read(2**20), "")
         for part in itertools.chain(parts, ["\n"]):
             taken += len(part)
             require(taken <= MAX_ARRAY_BYTES,
@@ -943,27 +923,25 @@ def consistent(grids):
     good = np.ones(len(grids), bool)
     for units in UNITS:
         cells = bits[units]
-        total = np.add.reduce(cells, 1, dtype=np.uint16)
-        good &= (np.bitwise_or.reduce(cells, 1) == total).all(0)
+        good &= (np.bitwise_or.reduce(cells, 1) == cells.sum(1, np.uint16)).all(0)
     return good
 
 
 def sudoku_text(suffix, puzzles, solutions=None):
-    """Return grids uint8 [N, 81] as the text of a .csv, .sdm or .sdk file (.sdk: one board). .csv
-    has the columns puzzle and solution (empty if unsolved, a grid of zeros); .sdm and .sdk hold the
-    solution if there is one, else the puzzle."""
+    """Return grids uint8 [N, 81] as text: .csv with columns puzzle and solution (empty where it is
+    all zeros), or .sdm or .sdk (one board) with the solution if there is one, else the puzzle."""
     if solutions is None:
         solutions = np.zeros_like(puzzles)
 
     def write(grids):
-        return [bytes(row).decode() for row in grids + np.uint8(48)]
+        return [bytes(row).decode() for row in grids + 48]
 
     if suffix == ".csv":
         answers = [text.removeprefix("0" * 81) for text in write(solutions)]
         lines = ["puzzle,solution", *map(",".join, zip(write(puzzles), answers))]
     else:
-        lines = write(np.where(solutions > 0, solutions, puzzles))
-        lines = [line.replace("0", ".") for line in lines]
+        filled = np.where(solutions > 0, solutions, puzzles)
+        lines = [line.replace("0", ".") for line in write(filled)]
     if suffix == ".sdk":
         require(len(lines) == 1, "an .sdk file holds one board; for several give .sdm or .csv")
         lines = ["[Puzzle]", *(lines[0][i : i + 9] for i in range(0, 81, 9))]
@@ -980,10 +958,9 @@ def board_lines(board, puzzle):
 
 
 def finish_boards(puzzles, p, max_guesses=0):
-    """Return (answers uint8 [N, 81], texts, [solved, solved by the network alone, guesses]) from a
-    network's probabilities `p` float [N, 81, 9] for puzzles uint8 [N, 81]. Up to `max_guesses` each
-    search for the solution and prove it the only one; with 0 the network's board counts as it is.
-    Answers are zeros where a puzzle is not solved."""
+    """Return (answers uint8 [N, 81], zeros where not solved; texts; [solved, solved by the network
+    alone, guesses]) for puzzles uint8 [N, 81] and a network's probabilities `p` float [N, 81, 9].
+    Up to `max_guesses` each search and prove the solution unique; 0 keeps the network's board."""
     boards = p.argmax(2).astype(np.uint8) + 1
     alone = solved = consistent(boards)  # all cells are filled and clues kept: the rules decide
     verdicts, total = np.where(alone, "solved", "not solved"), 0
@@ -1043,8 +1020,7 @@ def load_sudoku(source=None, val_fraction=0.1, max_samples=0, seed=0, cache_dir=
     splits = {}
     for name, (puzzles, solutions) in {"train": train, **sets}.items():
         answers = np.where(puzzles > 0, 0, solutions)
-        labels = np.concatenate([answers, grade(puzzles)[:, None]], 1).astype(np.uint8)
-        splits[name] = Split(puzzles, labels)
+        splits[name] = Split(puzzles, np.column_stack([answers, grade(puzzles)]))
     description = "generated puzzles" if source is None else f"{Path(source).name} (Sudoku)"
     return Data(splits, [*"123456789"], 9, "; ".join([description, *notes]))
 
@@ -1053,8 +1029,8 @@ def generated(cache_dir):
     """Return {split: (puzzles, solutions)} of GENERATED, kept in `cache_dir` once made."""
     path = cache_dir / f"sudoku-{mix(*GENERATED.items(), 'generator 1, stacked'):x}.npz"
     # a missing or damaged file is written again
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as kept:
-        return {name: tuple(kept[name]) for name in GENERATED}
+    with suppress(Exception), np.load(path, allow_pickle=False) as kept:
+        return {name: kept[name] for name in GENERATED}
     sets = {}
     for seed, (name, counts) in enumerate(GENERATED.items()):
         levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
@@ -1084,8 +1060,7 @@ def row_hash(rows):
     """Return uint64 [N] of integers [N, M]: different rows agree with probability 2^-64."""
     if len(rows) > 65_536:
         return in_chunks(row_hash, rows, 65_536)
-    rng = np.random.default_rng(81)
-    factors = rng.integers(1, 2**63, rows.shape[1], np.uint64) * 2 + 1
+    factors = np.random.default_rng(81).integers(1, 2**63, rows.shape[1], np.uint64) * 2 + 1
     return rows.astype(np.uint64) @ factors
 
 
@@ -1094,34 +1069,28 @@ def symmetry_class(solutions):
     of a band map digits to digits, and two digits map columns to columns: permutations whose cycle
     lengths no relabelling, permutation or transposition changes. The class combines those of all
     pairs. It is no canonical form, but no two of 22,000 random grids shared one."""
-    if len(solutions) > 16_384:
-        return in_chunks(symmetry_class, solutions, 16_384)
+    if len(solutions) > 2048:  # fits into the cache
+        return in_chunks(symmetry_class, solutions, 2048)
 
-    def pair_codes(lines, numbers):  # [pairs, N]: the codes of all pairs of lines, sorted
-        pairs = itertools.combinations(numbers, 2)
-        return np.sort([cycle_code(lines[:, a], lines[:, b]) for a, b in pairs], 0)
+    def pair_codes(lines):  # int64 [..., M, 9] -> [..., pairs]: of all pairs of M lines, sorted
+        first, second = np.triu_indices(lines.shape[-2], 1)
+        step = np.take_along_axis(lines[..., second, :], lines.argsort(-1)[..., first, :], -1)
+        power, code = step, 0
+        for _ in range(3):  # how many elements return after 2, 3 and 4 steps; none does after 1
+            power = np.take_along_axis(step, power, -1)
+            code = code * 10 + (power == np.arange(9)).sum(-1)
+        return np.sort(code, -1)
 
     a, b, c = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
     grids = solutions.reshape(-1, 9, 9).astype(np.int64) - 1
     sides = []
     for lines in (grids, grids.transpose(0, 2, 1)):
-        codes = [pair_codes(lines, range(band, band + 3)) for band in (0, 3, 6)]
-        bands = [(code[0] * 1000 + code[1]) * 1000 + code[2] for code in codes]
-        bands = np.sort(bands, 0).astype(np.uint64)
+        codes = pair_codes(lines.reshape(-1, 3, 3, 9)) @ [1_000_000, 1000, 1]  # [N, bands]
+        bands = np.sort(codes).astype(np.uint64).T
         sides.append((bands[0] * a ^ bands[1]) * b ^ bands[2])
     sides = np.sort(sides, 0)
     columns = grids.argsort(2).transpose(0, 2, 1)  # [N, digit, row]: the digit's column in the row
-    return (sides[0] * c ^ sides[1]) * a ^ row_hash(pair_codes(columns, range(9)).T)
-
-
-def cycle_code(a, b):
-    """Return int64 [N]: the cycle lengths of the permutations of 0 to 8 that map a[n] to b[n]."""
-    step = np.take_along_axis(b, a.argsort(1), 1)
-    power, code = step, np.zeros(len(step), np.int64)
-    for _ in range(3):  # how many elements return after 2, 3 and 4 steps; none does after 1
-        power = np.take_along_axis(step, power, 1)
-        code = code * 10 + (power == np.arange(9)).sum(1)
-    return code
+    return (sides[0] * c ^ sides[1]) * a ^ row_hash(pair_codes(columns))
 
 
 # ------------------------------------------------------------------------------ order and subsets
@@ -1144,20 +1113,18 @@ def epoch_order(count, seed, epoch):
 
 def stratified(labels, count, seed):
     """Return sorted indices of `count` samples (0: all), classes in proportion, by `seed`."""
-    labels = np.asarray(labels)
     if not count or count >= len(labels):
         return np.arange(len(labels))
     shuffled = np.random.default_rng(mix(seed, count)).permutation(len(labels))
     shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # by class, random within
-    _, sizes = np.unique(labels, return_counts=True)
     # the i-th of n in a class gets place (i + 1/2) / n; the first `count` places are in proportion
-    place = np.concatenate([(np.arange(n) + 0.5) / n for n in sizes])
+    place = np.concatenate([(np.arange(n) + 0.5) / n for n in np.bincount(labels)])
     return np.sort(shuffled[np.argsort(place, kind="stable")[:count]])
 
 
 def set_aside(split, fraction, seed):
-    """Return (train, val): `fraction` of each class, at least one, in val; a single one in train.
-    The parts share the images through `Rows`; nothing is copied."""
+    """Return (train, val), which share the images through `Rows`: `fraction` of each class, at
+    least one, is in val; a single one stays in train."""
     rng = np.random.default_rng(mix(seed, 1))
     val = np.zeros(len(split), bool)
     for label in np.unique(split.labels):
@@ -1167,7 +1134,7 @@ def set_aside(split, fraction, seed):
     require(val.any(),
             f"--val_fraction {fraction}: leaves no validation image of {len(split)}; give more")
     parts = [np.flatnonzero(rows) for rows in (~val, val)]
-    names = [np.asarray(split.files)[rows] if len(split.files) else () for rows in parts]
+    names = [split.files[rows] if len(split.files) else () for rows in parts]
     return tuple(Split(Rows(split.images, rows), split.labels[rows], files)
                  for rows, files in zip(parts, names))
 
@@ -1228,11 +1195,10 @@ def uniform(index, seed, epoch, draws):
 def augment(images, index, seed, epoch, image_size, mean, std,
             crop_padding=4, flip=True, min_crop_area=0.35, cutout=0, color_jitter=0.0):
     """Return normalised float32 [B, C, image_size, image_size] from square uint8 [B, H, W, C].
-    Images larger than image_size get a random resized crop (area from `min_crop_area` to 1, aspect
-    3/4 to 4/3; Szegedy et al. 2015), others a crop after padding by reflection. Half are mirrored,
-    in the next epoch the other half (Jordan 2024, arXiv:2404.00498). A square of `cutout` px
-    becomes the mean (DeVries & Taylor 2017; 0: off). For `color_jitter` see `jittered`. Each sample
-    has its own draws (`uniform`)."""
+    Larger images get a random resized crop (area from `min_crop_area` to 1, aspect 3/4 to 4/3;
+    Szegedy et al. 2015), others a crop after padding by reflection. Half are mirrored, in the next
+    epoch the other half (Jordan 2024, arXiv:2404.00498). A square of `cutout` px becomes the mean
+    (DeVries & Taylor 2017; 0: off). For `color_jitter` see `jittered`, for the draws `uniform`."""
     assert images.shape[1] == images.shape[2] >= image_size, (images.shape, image_size)
     u = uniform(index, seed, epoch, 8)
     mirrored = flip & ((uniform(index, seed, 0, 8)[:, 4] < 0.5) ^ bool(epoch % 2))
@@ -1250,8 +1216,8 @@ def padded_crop(images, u, mirrored, padding):
     batch, height, width, channels = images.shape
     x, p, device = images, padding, images.device
     if p:
-        sides = images[:, :, 1 : p + 1].flip(2), images[:, :, -p - 1 : -1].flip(2)
-        padded = torch.cat([sides[0], images, sides[1]], 2)
+        before, after = images[:, :, 1 : p + 1].flip(2), images[:, :, -p - 1 : -1].flip(2)
+        padded = torch.cat([before, images, after], 2)
         # strided view [B, H, 2p + 1, W * C], then one index: 4 times as fast as a gather
         windows = padded.view(batch, height, -1).unfold(2, width * channels, channels)
         top, left = (u[:, :2] * (2 * p + 1)).long().to(device)[:, :, None].unbind(1)  # [B, 1]
@@ -1263,15 +1229,14 @@ def padded_crop(images, u, mirrored, padding):
 
 
 def resized_crop(images, u, mirrored, size, min_area):
-    """Return uint8 [B, size, size, C]: a random box, by u[:, 0:4], of each image, antialiased. One
-    at a time it is 10 times as fast as grid_sample for bytes on a CPU; other devices use floats."""
-    batch, height, width, channels = images.shape
+    """Return uint8 [B, size, size, C]: a random box, by u[:, 0:4], of each square image. One at
+    a time it is 10 times as fast as grid_sample for bytes on a CPU; other devices use floats."""
+    batch, whole, _, channels = images.shape
     area = min_area + (1 - min_area) * u[:, 0]
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
-    side = torch.stack([(area / aspect).sqrt() * height, (area * aspect).sqrt() * width], 1)
-    most = torch.tensor([height, width])
-    side = side.round().clamp(min=1).minimum(most)  # [B, (height, width)]
-    corner = (u[:, 2:4] * (most - side + 1)).floor()
+    side = torch.stack([area / aspect, area * aspect], 1).sqrt() * whole
+    side = side.round().clamp(1, whole)  # [B, (height, width)]
+    corner = (u[:, 2:4] * (whole - side + 1)).floor()
     out = images.new_empty(batch, size, size, channels)
     for i, (top, left, h, w) in enumerate(torch.cat([corner, side], 1).int().tolist()):
         box = images[i : i + 1, top : top + h, left : left + w].permute(0, 3, 1, 2)
@@ -1279,7 +1244,7 @@ def resized_crop(images, u, mirrored, size, min_area):
             box = box.float()
         box = F.interpolate(box, (size, size), mode="bilinear", antialias=True)
         if box.is_floating_point():
-            box = box.round().clamp(0, 255)
+            box = box.round()
         box = box[0].permute(1, 2, 0)
         out[i] = box.flip(1) if mirrored[i] else box
     return out
@@ -1287,7 +1252,7 @@ def resized_crop(images, u, mirrored, size, min_area):
 
 def jittered(images, u, strength):
     """Return float32 [B, H, W, 3] in 0 to 255: brightness, contrast and saturation of each image
-    changed by factors of 1 - strength to 1 + strength, from u [B, 3], as torchvision's ColorJitter."""
+    changed by factors of 1 - strength to 1 + strength, by u [B, 3], as in torchvision's jitter."""
     factors = (1 + strength * (2 * u - 1)).to(images.device)
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
     x = (images.float() * brightness).clamp(0, 255)
@@ -1312,13 +1277,11 @@ def cutout_mask(u, size, side, x):
 
 def normalise(images, mean, std, keep=None):
     """Return float32 [B, C, H, W], channels last, of [B, H, W, C] in 0 to 255, times `keep`."""
-    batch, height, width, channels = images.shape
-    mean, std = pixel_rows(tuple(mean), tuple(std), width, images.device)
+    mean, std = pixel_rows(tuple(mean), tuple(std), images.shape[2], images.device)
     # constants along rows of W * C make it 7 times as fast as channel by channel
-    x = images.reshape(batch, height, width * channels).to(torch.float32, copy=True)
-    x = x.sub_(mean).div_(std)
+    x = images.flatten(2).to(torch.float32, copy=True).sub_(mean).div_(std)
     if keep is not None:
-        x = x.mul_(keep)
+        x.mul_(keep)
     return x.view(images.shape).permute(0, 3, 1, 2)
 
 
@@ -1351,9 +1314,9 @@ def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0
     own = np.where(boxed, 1, share)  # outside the box
     share = own * (1 - (high - low).prod(1) / math.prod(sides))
     y, x = map(np.arange, sides)
-    rows = (y >= low[:, :1]) & (y < high[:, :1])
-    columns = (x >= low[:, 1:]) & (x < high[:, 1:])
-    drawn = (partner, np.float32(own), np.float32(share)[:, None], ~rows, ~columns)
+    rows = (y < low[:, :1]) | (y >= high[:, :1])  # outside the box
+    columns = (x < low[:, 1:]) | (x >= high[:, 1:])
+    drawn = (partner, np.float32(own), np.float32(share)[:, None], rows, columns)
     partner, own, share, rows, columns = (torch.from_numpy(x).to(inputs.device) for x in drawn)
     outside = rows[:, None, :, None] | columns[:, None, None, :]  # [B, 1, H, W]
     weight = (outside * own[:, None, None, None]).to(inputs)
@@ -1365,15 +1328,11 @@ def mix_samples(inputs, labels, index, seed, epoch, classes, mixup=0.0, cutmix=0
 def image_views(inputs):
     """Yield (view, weight) of float [B, C, H, W] for test-time augmentation: the image and, at half
     its weight, two moved by one px; each also mirrored (Jordan 2024, arXiv:2404.00498)."""
-    _, _, height, width = inputs.shape
     padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
-    right, left = (padded[:, :, i : i + height, i : i + width] for i in (0, 2))
-    layout = torch.channels_last
-    if not inputs.is_contiguous(memory_format=layout):
-        layout = torch.contiguous_format
+    right, left = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
     for view, weight in ((inputs, 0.25), (right, 0.125), (left, 0.125)):
         for image in (view, view.flip(3)):
-            yield image.contiguous(memory_format=layout), weight
+            yield torch.empty_like(inputs).copy_(image), weight  # in the layout of `inputs`
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -1393,25 +1352,24 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass
 class Gather(torch.utils.data.Dataset):
     """A dataset for DataLoader that gathers a whole batch: indices in, (images, labels) out."""
 
-    def __init__(self, split):
-        self.split = split
+    split: Split
 
     def __getitem__(self, index):
         index = index.numpy()
-        images = np.ascontiguousarray(self.split.images[index])
-        return torch.from_numpy(images), torch.from_numpy(self.split.labels[index])
+        images, labels = self.split.images[index], self.split.labels[index]
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def batches(split, device, resident_bytes=2**30, workers=None, timeout=600):
-    """Return fetch(pieces), which yields (images, labels, index int64 [B] on the CPU) for each
-    tensor of indices. A split of at most `resident_bytes` is moved to the device once. A larger
-    one, or any if `workers` is given, goes through a DataLoader, whose workers may be silent for
-    `timeout` seconds. Both give the same batches."""
+    """Return fetch(pieces), which yields (images, labels, index int64 [B] on the CPU) of each
+    tensor of indices: from the device if all take at most `resident_bytes` and `workers` is None,
+    else from a DataLoader, silent for at most `timeout` seconds. Both give the same batches."""
     if workers is None and split.images.nbytes <= resident_bytes:
-        images = torch.from_numpy(np.array(split.images[np.arange(len(split))])).to(device)
+        images = torch.from_numpy(split.images[np.arange(len(split))]).to(device)
         labels = torch.from_numpy(split.labels).to(device)
 
         def fetch(pieces):
@@ -1434,7 +1392,7 @@ def batches(split, device, resident_bytes=2**30, workers=None, timeout=600):
 
     def fetch(pieces):
         sampler[:] = pieces
-        for (images, labels), index in zip(loader, list(pieces)):
+        for (images, labels), index in zip(loader, pieces):
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index
 
     return fetch

@@ -10,7 +10,6 @@ Axes: B batch, C channels, H height, W width, K classes. Images are float [B, C,
 
 import contextlib
 import math
-import os
 import re
 
 import torch
@@ -280,17 +279,15 @@ def initialise(model):
 
 def official_weights():
     """The state dict of torchvision's EfficientNet-B0 from torch.hub; ValueError if that fails."""
-    names = [f"efficientnet_b0_rwightman-{key}.pth" for key in ("7f5810bc", "3dd342df")]
-    cache = os.path.join(torch.hub.get_dir(), "checkpoints")
-    name = next((name for name in names if os.path.isfile(os.path.join(cache, name))), names[0])
-    url = f"https://download.pytorch.org/models/{name}"
-    options = {"map_location": "cpu", "check_hash": True}
+    name = "efficientnet_b0_rwightman-7f5810bc.pth"
     try:
-        return torch.hub.load_state_dict_from_url(url, weights_only=True, **options)
+        return torch.hub.load_state_dict_from_url(
+            f"https://download.pytorch.org/models/{name}", map_location="cpu", check_hash=True,
+            weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or another hash
         why = " ".join(str(error).split())[:200]
-        advice = f"give a file: --pretrained {name}"
-        raise ValueError(f"official weights cannot be fetched ({why}); {advice}") from None
+        raise ValueError(f"official weights cannot be fetched ({why}); give a file: "
+                         f"--pretrained {name}") from None
 
 
 def timm_to_torchvision(name):
@@ -467,6 +464,12 @@ def image_loss(logits, labels, label_smoothing=0.0, focal_gamma=0.0, weights=Non
     return -(target * focus(log_p, focal_gamma) * log_p).sum()
 
 
+def balanced_weights(counts):
+    """float32 [K]: weights of classes by inverse frequency, 1 on average over the `counts` samples."""
+    counts = torch.tensor(counts, dtype=torch.float32)
+    return counts.sum() / len(counts) / counts.clamp(min=1)
+
+
 def focus(log_p, gamma):
     """(1 - p)^gamma, with a finite gradient even at p = 1 with gamma below 1."""
     return (-torch.expm1(log_p)).clamp(min=1e-6) ** gamma
@@ -515,6 +518,11 @@ def build_model(name, num_classes, in_channels=3, **arguments):
     return MODELS[name](num_classes, in_channels, **arguments)
 
 
+def smallest_image(name, stem_stride=1, **arguments):
+    """The side in px of the smallest image that a model of `MODELS` takes."""
+    return {"efficientnet_b0": 32, "custom": max(24, 9 * stem_stride)}.get(name, 0)
+
+
 def compile_model(model, inputs, mode):
     """(function of inputs to outputs, or None, a note): the model compiled for batches like `inputs`.
 
@@ -536,7 +544,7 @@ def compile_model(model, inputs, mode):
 
 # -------------------------------------------------------------------------------------- optimizers
 
-LEARNING_RATES = {"sgd": 0.1, "adamw": 0.003, "muon": 0.005}
+LEARNING_RATES = {"sgd": 0.1, "adamw": 0.002, "muon": 0.005}
 MOMENTS = {"adamw": 2, "sgd": 1, "muon": 1}  # state tensors per weight
 
 
@@ -608,11 +616,7 @@ def build_optimizer(model, name, lr, weight_decay, momentum, device):
     groups = parameter_groups(model, weight_decay)
     fused = device.type in ("cuda", "cpu", "mps")
     if name == "sgd":
-        sgd = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
-        if momentum:  # fused SGD fails if only some parameters have a buffer, as after unfreezing
-            for p in groups[0]["params"] + groups[1]["params"]:
-                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return sgd
+        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
     heads = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][-1:]
@@ -691,10 +695,10 @@ def estimate_memory(model, example, moments=2, ema=False):
             "ema": ema * weights, "once": two - 2 * sample, "sample": sample}
 
 
-def largest_batch(memory, memory_gb):
-    """The largest batch that fits in `memory_gb` GiB by `estimate_memory`; 0 if none does.
+def largest_batch(memory, available):
+    """The largest batch that fits in `available` bytes by `estimate_memory`; 0 if none does.
 
-    A tenth of it and 0.5 GiB (context, kernels) stay free; a sample takes 10% more in backward.
+    A sample takes 10% more in the backward pass.
     """
     fixed = sum(size for name, size in memory.items() if name != "sample")
-    return max(0, int(((0.9 * memory_gb - 0.5) * 2**30 - fixed) / (1.1 * memory["sample"])))
+    return max(0, int((available - fixed) / (1.1 * memory["sample"])))

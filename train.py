@@ -28,7 +28,6 @@ import re
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -67,10 +66,9 @@ READ_BY = {  # the flags that a mode reads; its checkpoint holds the others
 NEEDS = {  # flag -> it needs one of these
     "input": ["predict"], "search": ["predict"], "tta": ["evaluate", "predict"],
     "output": list(OUTPUTS), "predict": ["input"], "export": ["output"], "copy": ["output"],
-    "swa_lr": ["swa_start_epoch"],
 }
 IMAGE_FLAGS = set("image_size crop_padding flip min_crop_area color_jitter cutout label_smoothing "
-                  "class_weights pretrained mixup cutmix freeze_epochs".split())
+                  "class_weights pretrained mixup cutmix".split())
 ALIASES = dict(pair.split(":") for pair in (  # of timm, Hugging Face, Lightning, fastai, ultralytics
     "learning_rate:lr base_lr:lr lr0:lr sched:scheduler lr_scheduler:scheduler lr_scheduler_type:scheduler "
     "wd:weight_decay opt:optimizer optim:optimizer fp16:amp bf16:amp precision:amp mixed_precision:amp "
@@ -92,7 +90,7 @@ FREE_ON_RESUME = set("device workers save_every tensorboard wandb quiet run_name
 
 
 def build_parser():
-    """The parser of all flags. Each flag's type checks its value."""
+    """(parser of all flags, {flag: default}). Each flag's type checks its value."""
     num, path, switch = utils.number, utils.file_path, utils.boolean
     count, positive, size = num(int, 0), num(int, 1), num(int, 0, 2048)
     at_least_0, above_0 = num(float, 0), num(float, 0, open_low=True)
@@ -105,8 +103,7 @@ def build_parser():
             ("pretrained", path, None, "file of weights to start from; the flag alone: official EfficientNet-B0"),
             ("epochs", positive, 10, "passes over the training split"),
             ("batch_size", num(int, 1, word="auto"), 16, "samples at once; auto: what fits in memory"),
-            ("lr", num(float, 0, open_low=True, word="auto"), None,
-             "peak learning rate; auto: by a range test; default: by optimizer"),
+            ("lr", above_0, None, "peak learning rate; default: by optimizer"),
             ("device", str, "auto", "device to train on: auto, cuda, cuda:N, mps or cpu"),
             ("run_name", utils.run_name, None, "name of the run's folder under runs/; else model and time"),
             ("resume", lambda text: text and path(text), None,
@@ -125,7 +122,6 @@ def build_parser():
             ("cutout", size, 0, "side in px of the erased square; 0: off"),
             ("mixup", alpha, 0.0, "Beta parameter of Mixup; 0: off"),
             ("cutmix", alpha, 0.0, "Beta parameter of CutMix; with --mixup: one of both; 0: off"),
-            ("val_every", num(int, 1, word="adaptive"), 1, "epochs between validations, or adaptive"),
         ),
         "model": (
             ("model_args", str, [], "KEY=VALUE arguments of the network, such as widths=24,64,256,256"),
@@ -143,15 +139,13 @@ def build_parser():
             ("momentum", share, 0.9, "momentum of sgd and muon, beta1 of adamw"),
             ("ema_decay", share, 0.0, "decay of the weights' moving average; 0: none"),
             ("swa_start_epoch", count, 0, "first epoch of the SWA mean; 0: none"),
-            ("swa_lr", above_0, None, "learning rate of SWA; default: the schedule's"),
             ("sam_rho", at_least_0, 0.0, "radius of SAM; 0: off"),
-            ("freeze_epochs", count, 0, "number of first epochs that train only the head"),
             ("seed", num(int, 0, 2**63 - 1), 0, "seed of all randomness"),
         ),
         "schedule": (
             ("scheduler", list(SCHEDULES), "onecycle", "schedule of the learning rate"),
             ("scheduler_args", str, [], "KEY=VALUE arguments of the schedule, such as pct_start=0.2"),
-            ("max_lr", above_0, None, "peak of onecycle; else --lr"),
+            ("max_lr", above_0, None, "peak of onecycle, in place of --lr"),
             ("warmup_epochs", at_least_0, 0.0, "epochs of linear warm-up, except for onecycle"),
         ),
         "machine": (
@@ -192,6 +186,7 @@ def build_parser():
         usage="python train.py [--config NAME] [--data PATH] [flags]", description=description,
         epilog=f"examples:\n{examples}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {}
     for title, rows in groups.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in rows:
@@ -200,8 +195,12 @@ def build_parser():
                 options |= {"nargs": "?", "const": alone.get(name, True)}
             if name in ("model_args", "scheduler_args", "evaluate", "copy", "input"):
                 options["nargs"] = "+"
-            group.add_argument(f"--{name}", default=default, help=text, **options)
-    return parser
+            if default not in (None, False, []):
+                text += f" (default: {default})"
+            # no default: a flag counts as given even where it equals its default
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
+            defaults[name] = default
+    return parser, defaults
 
 
 def parse_flags(argv):
@@ -209,52 +208,19 @@ def parse_flags(argv):
 
     The user's flags override the preset, the preset overrides the defaults.
     """
-    parser = build_parser()
-    defaults = vars(parser.parse_args([]))
-    for action in parser._actions:
-        if action.help and action.default not in (None, argparse.SUPPRESS, False, []):
-            action.help += f" (default: {action.default})"
-        action.default = argparse.SUPPRESS  # so a flag that equals its default counts as given
-    flags = parse_words(parser, argv)
-    preset = parse_preset(parser, flags["config"]) if "config" in flags else {}
+    parser, defaults = build_parser()
+    flags, preset = utils.parse_words(parser, argv, ALIASES), {}
+    if "config" in flags:
+        path = Path(__file__).with_name("configs.json")
+        preset = utils.parse_preset(parser, path, flags["config"], MODES)
     if flags.keys() & {"epochs", "batch_size", "accumulation_steps", "effective_batch"}:
         preset.pop("min_steps", None)  # what the user asks for is not changed
     if "effective_batch" in flags or flags.get("batch_size") == "auto":
-        steps = preset.pop("accumulation_steps", 1)  # the samples of a step stay the preset's
-        if preset.get("batch_size", "auto") != "auto":
-            preset["effective_batch"] = steps * preset["batch_size"]
+        preset.pop("accumulation_steps", None)  # it follows from the effective batch
     for key in {"model_args", "scheduler_args"} & flags.keys():
         flags[key] = preset.get(key, []) + flags[key]  # the last value of a KEY counts
     given = {**preset, **flags}
     return argparse.Namespace(**{**defaults, **given}), given
-
-
-def parse_words(parser, words):
-    """{flag: value} of words as on the command line; ends the program where one is bad."""
-    words = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
-    flags, unknown = parser.parse_known_args(words)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].split("=")[0]
-        alias = ALIASES.get(name[2:])
-        advice = f"did you mean --{alias}?" if alias else utils.nearest(name, known)
-        parser.error(f"{utils.shorten(name)} is no flag; {advice}")
-    return vars(flags)
-
-
-def parse_preset(parser, name):
-    """{flag: value} of a preset, checked as on the command line and by its JSON types."""
-    path = Path(__file__).with_name("configs.json")
-    try:
-        preset, words = utils.read_preset(path, name)
-    except (ValueError, OSError) as error:
-        parser.error(utils.message_of(error))
-    parser.where = f"{path.name}: {name}: "
-    flags = parse_words(parser, words)
-    for key, value in preset.items():
-        if key in MODES or isinstance(value, str) != isinstance(flags[key], str):
-            parser.error(f"{key} {utils.shorten(value)}: is no flag for a preset, or of another type")
-    return flags
 
 
 def check_flags(args, given):
@@ -274,23 +240,18 @@ def check_flags(args, given):
     several = os.environ.get("LOCAL_RANK") and os.environ.get("WORLD_SIZE", "1") != "1"
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     version = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
-    swa, frozen, epochs, warmup_epochs = (
-        args.swa_start_epoch, args.freeze_epochs, args.epochs, args.warmup_epochs)
+    swa, epochs, warmup_epochs = args.swa_start_epoch, args.epochs, args.warmup_epochs
     automatic = args.effective_batch or args.batch_size == "auto"
     utils.raise_first((
         (version < [2, 10], f"torch {torch.__version__}: is too old; install 2.10 or later"),
         (mode in READ_BY and several, f"--{mode}: is for one process; start it without torchrun"),
         (args.compile != "off" and args.checkpoint_activations,
          "--checkpoint_activations: does not go with --compile; leave one of them out"),
-        (frozen and (args.find_lr or args.lr == "auto"),
-         "--freeze_epochs: the range test trains the whole network; give --lr a number"),
         (automatic and "accumulation_steps" in given,
          "--accumulation_steps: follows from --effective_batch; leave it out"),
         (automatic and args.min_steps,
          "--min_steps: does not go with --effective_batch or --batch_size auto; leave one of them out"),
         (swa > epochs, f"--swa_start_epoch {swa}: must be at most --epochs {epochs}"),
-        (frozen > epochs, f"--freeze_epochs {frozen}: must be at most --epochs {epochs}"),
-        (0 < swa <= frozen, f"--swa_start_epoch {swa}: must be above --freeze_epochs {frozen}"),
         (args.scheduler != "onecycle" and warmup_epochs >= epochs,
          f"--warmup_epochs {warmup_epochs:g}: must be below --epochs {epochs}"),
         (restarts and not mode and not (args.run_name and args.resume == ""),
@@ -304,7 +265,6 @@ def check_flags(args, given):
     rises = args.scheduler == "onecycle"  # and falls by itself
     utils.raise_first((
         (args.max_lr and not rises, "--max_lr: is for --scheduler onecycle; give --lr"),
-        (args.max_lr and args.lr == "auto", "--max_lr: is what --lr auto finds; leave one of them out"),
         (rises and args.warmup_epochs, "--warmup_epochs: onecycle warms up itself; leave it out"),
     ))
     for key in given.keys() & IMAGE_FLAGS if args.model == "sudoku_gnn" else ():
@@ -447,27 +407,14 @@ SCHEDULE_RANGES = {"pct_start": (0, 1), "div_factor": (1e-6, 1e6), "final_div_fa
                    "factor": (1e-6, 1), "patience": (0, 1e6), "warmup_steps": (0, 1e9)}
 
 
-def swa_rate(step, start, anneal_steps, lr_before, swa_lr):
-    """Half a cosine from lr_before at step `start` to swa_lr over anneal_steps; as torch's SWALR."""
-    share = (1 - math.cos(math.pi * min(1.0, (step - start) / anneal_steps))) / 2
-    return lr_before + (swa_lr - lr_before) * share
-
-
 def rates(args, step, steps_per_epoch, values=()):
     """(learning rate, momentum or None) of a step by the flags; `values` as in `plateau`."""
-    start = (args.swa_start_epoch - 1) * steps_per_epoch if args.swa_lr else math.inf
-    total, options, peak = args.epochs * steps_per_epoch, dict(args.scheduler_args), args.lr
-    if args.scheduler == "onecycle":
-        peak = args.max_lr or peak
-    else:
+    options = dict(args.scheduler_args)
+    if args.scheduler != "onecycle":
         options.setdefault("warmup_steps", round(args.warmup_epochs * steps_per_epoch))
     if args.scheduler == "plateau":
         options |= {"values": values, "min_delta": args.min_delta}
-    before = min(step, max(0, start - 1))
-    lr, momentum = SCHEDULES[args.scheduler](before, total, peak, **options)
-    if step >= start:
-        lr = swa_rate(step, start, steps_per_epoch, lr, args.swa_lr)
-    return lr, momentum
+    return SCHEDULES[args.scheduler](step, args.epochs * steps_per_epoch, args.lr, **options)
 
 
 # ---------------------------------------------------------------------------------------- EMA
@@ -665,15 +612,15 @@ def share_among_processes(state, totals, failed):
     state.stop becomes whether any process asks to stop. A process without items sends zeros.
     Returns the totals of all and whether memory ran out in any.
     """
-    weights = [p for p in state.parameters if p.requires_grad]
+    weights, dtype = state.parameters, state.parameters[0].dtype
     buffers = [buffer for buffer in state.buffers if buffer.is_floating_point()]
     state.scaler.scale(totals)  # makes its scale, also in a process without a batch
     items = 0.0 if failed else totals[1, 0].item()
     for p in weights:
         p.grad = torch.zeros_like(p) if p.grad is None or not items else p.grad * items
-    own = [p.grad for p in weights] + buffers
+    own = [*(p.grad for p in weights), *buffers]
     flags = totals.new_tensor([failed, state.stop])
-    dtype, parts = weights[0].dtype, [tensor.flatten() for tensor in [*own, totals, flags]]
+    parts = [tensor.flatten() for tensor in [*own, totals, flags]]
     message = utils.all_reduce(torch.cat([part.to(dtype) for part in parts]))
     *received, sums, flags = message.split([len(part) for part in parts])
     totals = sums.view_as(totals).to(totals.dtype)
@@ -780,7 +727,6 @@ def train_epoch(state, run):
     done, began = state.epoch_step * args.accumulation_steps * ranks, time.perf_counter()
     began -= state.seconds
     values, augment = monitored(state, run), partial(task.augment, epoch=state.epoch)
-    freeze(state, state.epoch < args.freeze_epochs)
     zeros = zero_totals(task, run.device)
     state.totals = zeros if state.totals is None else state.totals.to(zeros)  # where resumed
     title = f"epoch {state.epoch + 1}/{args.epochs}"
@@ -843,24 +789,9 @@ def progress_text(state, run):
     return f"{text}{bad}, run {left} left"
 
 
-def freeze(state, frozen):
-    """Mutates `state`: where `frozen` only the head, its model's last child, is trained."""
-    head = [state.model, *state.model.children()][-1]
-    state.model.train(not frozen)  # the frozen part keeps its BatchNorm statistics
-    head.train()
-    for p in state.parameters:
-        p.requires_grad_(not frozen)
-    for p in head.parameters():
-        p.requires_grad_()
-
-
 def validate(state, run):
-    """Mutates `state.swa`. The epoch's row of metrics: of training and, if due, of validation."""
+    """Mutates `state.swa`. The epoch's row of metrics, of training and validation."""
     args, task, (rank, ranks), epoch = run.args, run.task, utils.world(), state.epoch + 1
-    every = args.val_every
-    if every == "adaptive":
-        every = 1 if epoch <= 10 else 2 if epoch <= 30 else 3
-    due = epoch == args.epochs or epoch % every == 0
     row = {"epoch": epoch, "step": state.step}
     row |= {f"train_{name}": value for name, value in means(state.totals, task).items()}
     scored = {"val": (state.model, None)}
@@ -869,15 +800,13 @@ def validate(state, run):
     if state.swa is not None and epoch >= args.swa_start_epoch:
         if state.swa.n_averaged < epoch + 1 - args.swa_start_epoch:  # once, where done again
             state.swa.update_parameters(state.model)
-        if due:
-            recompute_statistics(state, run)
-            scored["swa"] = state.swa.module, None
-    if not due or "val" not in run.fetch:
+        recompute_statistics(state, run)
+        scored["swa"] = state.swa.module, None
+    if "val" not in run.fetch:
         return row
-    order, size = torch.arange(len(run.source.splits["val"])), 2 * args.batch_size
+    pieces = data.chunks(torch.arange(len(run.source.splits["val"])), 2 * args.batch_size)
     for name, (model, weights) in scored.items():
-        batches = run.fetch["val"](data.chunks(order, size)[rank::ranks])
-        batches = itertools.takewhile(lambda batch: not run.stop, batches)
+        batches = itertools.takewhile(lambda batch: not run.stop, run.fetch["val"](pieces[rank::ranks]))
         if state.micro_batch:
             batches = (part for batch in batches for part in split([batch], 2 * state.micro_batch))
         outputs = outputs_of(model, batches, task.prepare, run.dtype, weights)
@@ -896,14 +825,14 @@ def recompute_statistics(state, run):
 
 
 def monitored(state, run, tie=0.0):
-    """The monitored metric of each validation, negated where lower is better.
+    """The monitored metric of each epoch that measured it, negated where lower is better.
 
     `tie` times the loss is subtracted, so that of equal epochs the one with the lower loss is best.
     """
-    name, loss = run.args.monitor, run.args.monitor.split("_")[0] + "_loss"
-    sign = 1 if utils.higher_is_better(name) else -1
-    rows = [row for row in state.history if loss in row]
-    return [sign * row.get(name, math.nan) - (tie * row[loss] if tie else 0) for row in rows]
+    name = run.args.monitor
+    sign, loss = 1 if utils.higher_is_better(name) else -1, name.split("_")[0] + "_loss"
+    return [sign * row.get(name, math.nan) - (tie and tie * row[loss])
+            for row in state.history if loss in row]
 
 
 def epochs_since_best(values, min_delta=0.0):
@@ -930,7 +859,9 @@ def close_epoch(state, run, row):
     waited = epochs_since_best(monitored(state, run), args.min_delta)
     impatient = 0 < args.early_stopping <= waited
     state.finished = impatient or state.epoch == args.epochs
-    weights = {"ema": state.ema, "swa": state.swa.module.state_dict() if "swa_loss" in row else None}
+    weights = {"ema": state.ema}
+    if state.swa is not None and state.swa.n_averaged:
+        weights["swa"] = state.swa.module.state_dict()
     if since_best == 0:
         weights["best"] = weights.get(kind) or state.model.state_dict()
     for name, tensors in weights.items():
@@ -998,7 +929,7 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
     `next_window()` gives a window and `step(state, window)` trains on it, as `train_step` does. The
     test stops where the smoothed loss exceeds `divergence` times its least value or is not finite.
     The state and the random generators are afterwards as before. Returns (rates, smoothed losses,
-    {"steepest", "valley", "minimum/10": rate}). ValueError if fewer than ten losses were finite.
+    the rate in the `valley`). ValueError if fewer than ten losses were finite.
     """
     tried, losses, average = [], [], 0.0
     with preserved(state):
@@ -1023,7 +954,7 @@ def find_lr(state, next_window, step, min_lr=1e-6, max_lr=10.0, steps=100, smoot
     if len(tried) < 10:
         raise ValueError(f"the range test diverged after {len(tried)} rates from {min_lr:g}; "
                          "check data and model")
-    return tried, losses, suggest_lr(tried, losses)
+    return tried, losses, valley(tried, losses)
 
 
 @contextlib.contextmanager
@@ -1038,29 +969,19 @@ def preserved(state):
             state.load(saved)
 
 
-def suggest_lr(tried, losses):
-    """{rule: rate}: the steepest descent over log(rate), fastai's valley, the minimum / 10.
-
-    The valley lies two thirds along the longest decreasing subsequence of the losses.
-    """
-    log_rates, lowest = np.log(tried), int(np.argmin(losses))
-    slopes = np.gradient(losses, log_rates)[: lowest + 1]  # before the loss blows up
+def valley(rates, losses):
+    """The rate two thirds along the longest decreasing subsequence of the losses; fastai's rule."""
     longest = []  # (length, start) of the decreasing subsequence that ends at each loss
     for i, loss in enumerate(losses):
         before = [(longest[j][0] + 1, j, longest[j][1]) for j in range(i) if loss < losses[j]]
         length, _, start = max(before, default=(1, i, i))  # the latest of equally long ones
         longest.append((length, start))
     end = max(range(len(losses)), key=lambda i: longest[i][0])
-    valley = longest[end][1] + round((end - longest[end][1]) * 2 / 3)
-    return {"steepest": tried[int(slopes.argmin())], "valley": tried[valley],
-            "minimum/10": tried[lowest] / 10}
+    return rates[longest[end][1] + round((end - longest[end][1]) * 2 / 3)]
 
 
-def lr_sweep(state, run):
-    """The range test on the run's own windows, logged; the rate in the valley.
-
-    With --find_lr its curve is written as CSV and, with matplotlib, as a picture.
-    """
+def run_find_lr(state, run):
+    """The range test on the run's own windows, logged, and its curve as CSV and as a picture; 0."""
     args = run.args
 
     def endless():
@@ -1075,17 +996,15 @@ def lr_sweep(state, run):
                           sam_rho=args.sam_rho)
 
     with utils.progress_bar("find_lr", 100, "step", args.quiet) as bar:
-        tried, losses, suggestions = find_lr(state, partial(next, endless()), step)
-    run.log("find_lr    " + ", ".join(f"{name} {lr:.2e}" for name, lr in suggestions.items()))
-    verb = "takes" if args.lr == "auto" else "would take"
-    run.log(f"find_lr    {verb} the valley: --lr {suggestions['valley']:.2e}")
-    if args.find_lr and utils.world()[0] == 0:
+        rates, losses, best = find_lr(state, partial(next, endless()), step)
+    run.log(f"find_lr    the loss falls well at rates up to {best:.2e}: try --lr {best:.2e}")
+    if utils.world()[0] == 0:
         path = Path(args.output or RUNS / f"{run.folder.name}-find_lr.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
-        utils.write_csv(path, [{"lr": lr, "loss": loss} for lr, loss in zip(tried, losses)])
-        drawn = utils.save_curve(path.with_suffix(".png"), tried, losses, suggestions)
+        utils.write_csv(path, [{"lr": lr, "loss": loss} for lr, loss in zip(rates, losses)])
+        drawn = utils.save_curve(path.with_suffix(".png"), rates, losses, {"suggested": best})
         run.log(f"curve      {path}, as a picture {'beside it' if drawn else 'with matplotlib'}")
-    return suggestions["valley"]
+    return 0
 
 
 # ------------------------------------------------------------------------------ kinds of data
@@ -1101,9 +1020,8 @@ def make_task(args, meta, device, memory_format):
             augment=unchanged,  # the network is equivariant to every symmetry
         )
     weights = None
-    if args.class_weights == "balanced":  # their mean over the training images is 1
-        counts = torch.tensor(meta["class_counts"], dtype=torch.float32, device=device)
-        weights = counts.sum() / len(counts) / counts.clamp(min=1)
+    if args.class_weights == "balanced":
+        weights = models.balanced_weights(meta["class_counts"]).to(device)
     return Task(
         loss=partial(models.image_loss, label_smoothing=args.label_smoothing,
                      focal_gamma=args.focal_gamma, weights=weights),
@@ -1155,7 +1073,7 @@ def prepare(args, saved=None):
         args.device, args.amp, args.channels_last, args.deterministic, args.memory_gb)
     with utils.first_process_first(os.environ.get("LOCAL_RANK", "0") == "0"):  # fills the cache
         source = load_source(args)
-    hints = fit_steps(args, len(source.splits["train"])) if args.min_steps and not saved else []
+    hints = [*fit_steps(args, len(source.splits["train"]))] if args.min_steps and not saved else []
     settle(args, source)
     weights, origin = starting_weights(args, saved)
     meta = describe_model(args, source, origin)
@@ -1163,27 +1081,27 @@ def prepare(args, saved=None):
     task = make_task(args, meta, device, memory_format)
     state = build_state(args, source, meta, task, weights, origin, device, dtype, memory_format)
     model, samples, ranks = state.model, len(source.splits["train"]), utils.world()[1]
-    free = free_memory(args, device)
-    fetch = {  # a split stays on the device where it takes at most a quarter of what is free
-        name: data.batches(source.splits[name], device, free // 4, args.workers, args.timeout)
-        for name in ("train", "val") if name in source.splits
-    }
+    resident_bytes = free_memory(args, device) // 4
+    fetch = {name: data.batches(split, device, resident_bytes, args.workers, args.timeout)
+             for name, split in source.splits.items() if name != "test"}
+
+    def inputs(count):
+        [batch] = fetch["train"]([torch.arange(count) % samples])
+        return task.augment(*batch, 0)[0]
+
     copies = bool(state.ema) + bool(state.swa) + 2 * bool(args.sam_rho)
-    inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(4) % samples]))), 0)
     with autocast(device, dtype):
-        memory = models.estimate_memory(model, inputs, models.MOMENTS[args.optimizer], copies)
+        memory = models.estimate_memory(model, inputs(4), models.MOMENTS[args.optimizer], copies)
     settle_batch(args, samples, memory, free_memory(args, device))
     size, steps = args.batch_size, args.accumulation_steps
-    count = len(data.chunks(torch.zeros(samples), size))
-    run = Run(args, task, device, dtype, source, meta, fetch, -(-count // (steps * ranks)))
+    run = Run(args, task, device, dtype, source, meta, fetch, steps_per_epoch(args, samples))
     if args.compile != "off":
-        inputs, _ = task.augment(*next(iter(fetch["train"]([torch.arange(size)]))), 0)
         with autocast(device, dtype):
-            state.forward, note = models.compile_model(model, inputs, args.compile)
+            state.forward, note = models.compile_model(model, inputs(size), args.compile)
         notes.append(note)
     parameters = sum(p.numel() for p in model.parameters())
     total = sum(memory.values()) + memory["sample"] * (size - 1)
-    cards = ", ".join(f"{models.largest_batch(memory, gb):,}" for gb in (4, 6, 8))
+    cards = ", ".join(f"{models.largest_batch(memory, (0.9 * gb - 0.5) * 2**30):,}" for gb in (4, 6, 8))
     splits = ", ".join(f"{name} {len(split):,}" for name, split in source.splits.items())
     counts, size_px = meta["class_counts"], f", {source.image_size} px" * bool(meta["class_counts"])
     hints += [] if saved else find_hints(args, source, meta)
@@ -1207,7 +1125,7 @@ def settle(args, source):
     puzzles, batch, args.image_size = args.model == "sudoku_gnn", args.batch_size, source.image_size
     args.flip = train.images.shape[-1] >= 3 if args.flip is None else args.flip
     args.optimizer = args.optimizer or ("muon" if puzzles else "adamw")
-    args.lr = args.lr or models.LEARNING_RATES[args.optimizer]
+    args.lr = args.max_lr or args.lr or models.LEARNING_RATES[args.optimizer]
     args.effective_batch = args.effective_batch or (128 if batch == "auto" else None)
     blind = args.early_stopping and not has_val and not args.monitor
     kinds = ["train", *["val"] * has_val, *["ema"] * bool(has_val and args.ema_decay)]
@@ -1215,8 +1133,7 @@ def settle(args, source):
     args.monitor = args.monitor or f"{kinds[-1]}_{metrics[0]}"
     kinds += ["swa"] * bool(has_val and args.swa_start_epoch)
     names = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
-    stride = args.model_args.get("stem_stride", 1)
-    smallest = {"efficientnet_b0": 32, "custom": max(24, 9 * stride)}.get(args.model, 0)
+    smallest = models.smallest_image(args.model, **args.model_args)
     utils.raise_first((
         (args.image_size < smallest,
          f"--image_size {args.image_size}: {args.model} needs {smallest} px or more"),
@@ -1251,28 +1168,24 @@ def find_hints(args, source, meta):
         yield "few images for efficientnet_b0 from scratch: try --config finetune; offline --model custom"
 
 
+def steps_per_epoch(args, samples):
+    batches = len(data.chunks(torch.zeros(samples), args.batch_size))
+    return -(-batches // (args.accumulation_steps * utils.world()[1]))
+
+
 def fit_steps(args, samples):
     """Mutates `args` until a run has `min_steps`: 20 an epoch or more, by smaller batches, then by
-    more epochs. Below 16 images a step, fine-tuning gets worse. Notes for the log on what changed."""
-    size, accumulation, epochs, ranks = (
-        args.batch_size, args.accumulation_steps, args.epochs, utils.world()[1])
-
-    def steps():
-        batches = len(data.chunks(torch.zeros(samples), args.batch_size))
-        return -(-batches // (args.accumulation_steps * ranks))
-
-    while steps() < 20 and args.batch_size * args.accumulation_steps * ranks >= 32:
-        if args.accumulation_steps > 1:
-            args.accumulation_steps //= 2
-        else:
-            args.batch_size //= 2
-    args.epochs = max(args.epochs, -(-args.min_steps // steps()))
-    changes, now = [], (args.batch_size, args.accumulation_steps)
-    if now != (size, accumulation):
-        changes.append(f"{now[0]} x {now[1]} a step in place of {size} x {accumulation}")
-    if args.epochs != epochs:
-        changes.append(f"{args.epochs} epochs in place of {epochs}")
-    return [f"few samples, so {' and '.join(changes)}"] if changes else []
+    more epochs. Below 16 images a step, fine-tuning gets worse. Yields what changed, for the log."""
+    ranks = utils.world()[1]
+    most = max(16, samples // 20, 2 * ranks) // ranks
+    before = args.batch_size, args.accumulation_steps, args.epochs
+    args.batch_size = min(args.batch_size, most)
+    args.accumulation_steps = min(args.accumulation_steps, most // args.batch_size)
+    args.epochs = max(args.epochs, -(-args.min_steps // steps_per_epoch(args, samples)))
+    now = args.batch_size, args.accumulation_steps, args.epochs
+    if now != before:
+        text = "few samples, so {} x {} a step for {} epochs in place of {} x {} for {}"
+        yield text.format(*now, *before)
 
 
 def starting_weights(args, saved):
@@ -1290,12 +1203,6 @@ def starting_weights(args, saved):
     return found.get("model", found) or {}, meta if own else IMAGENET
 
 
-def fingerprint(source):
-    """What tells whether two loads gave the same training data."""
-    sizes = [len(split) for split in source.splits.values()]
-    return [*source.mean, *source.std, *sizes, zlib.crc32(source.splits["train"].labels.data)]
-
-
 def describe_model(args, source, origin):
     """The metadata that makes a checkpoint usable alone."""
     train, arguments = source.splits["train"], dict(args.model_args)
@@ -1307,11 +1214,11 @@ def describe_model(args, source, origin):
     counts = [] if puzzles else np.bincount(train.labels, minlength=classes).tolist()
     return {
         "model": args.model, "num_classes": classes, "arguments": arguments,
-        "in_channels": (*train.images.shape[3:], 1)[0], "classes": source.classes,
+        "in_channels": source.channels, "classes": source.classes,
         "image_size": source.image_size, "stored_size": train.images.shape[1],
         "mean": list(mean), "std": list(std),
         "class_counts": counts,
-        "fingerprint": fingerprint(source),
+        "fingerprint": source.fingerprint(),
         "source": {"data": args.data and full_path(args.data), "val_fraction": args.val_fraction,
                    "max_samples": args.max_samples, "seed": args.seed},
     }
@@ -1342,9 +1249,8 @@ def build_state(args, source, meta, task, weights, origin, device, dtype, memory
     model.to(device, memory_format=memory_format)
     for tensor in model.state_dict().values() if ranks > 1 else ():
         dist.broadcast(tensor, 0)  # machines may differ in the last bit
-    lr = 1e-3 if args.lr == "auto" else args.lr
-    optimizer = models.build_optimizer(model, args.optimizer, lr, args.weight_decay, args.momentum,
-                                       device)
+    optimizer = models.build_optimizer(
+        model, args.optimizer, args.lr, args.weight_decay, args.momentum, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema, swa = start_ema(model) if args.ema_decay else None, None
     if args.swa_start_epoch:
@@ -1365,9 +1271,8 @@ def settle_batch(args, samples, memory, free):
     if not effective:
         return
     if args.batch_size == "auto":
-        fixed, sizes = sum(memory.values()), range(min(effective // ranks, samples), 1, -1)
-        fits = [size for size in sizes if effective % (size * ranks) == 0
-                and fixed + 1.1 * memory["sample"] * (size - 1) <= 0.8 * free]
+        most = min(effective // ranks, samples, models.largest_batch(memory, 0.8 * free))
+        fits = [size for size in range(most, 1, -1) if effective % (size * ranks) == 0]
         if not fits:
             raise ValueError(f"--batch_size auto, --effective_batch {effective}: no batch divides it "
                              "and fits in memory; give another --effective_batch")
@@ -1430,13 +1335,6 @@ def open_run(args, given, held):
         run.log(line)
     if args.find_lr:
         return state, run
-    needed = sum(tensor.nbytes for _, tensor in utils.tensors(state.to_checkpoint()))
-    if not resumes:  # three checkpoints, which grow by two moments, and up to four files of weights
-        needed = 3 * needed + 10 * sum(tensor.nbytes for tensor in state.live.values())
-    utils.check_room(folder, needed)
-    if args.lr == "auto":
-        args.lr = lr_sweep(state, run)
-        lines.append(f"find_lr    --lr {args.lr:.2e}")
     run.flags["settled"] = {k: v for k, v in vars(args).items() if k not in MODES}
     if rank == 0 and not resumes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1500,11 +1398,10 @@ def load_model(path, args):
     path = utils.checkpoint_of(RUNS, path)
     found = utils.load_checkpoint(path)
     meta = found.get("meta")
-    if not isinstance(meta, dict) or not {"mean", "std", "classes", "image_size"} <= meta.keys():
+    needed = {"model", "arguments", "classes", "image_size", "mean", "std"}
+    if not isinstance(meta, dict) or not needed <= meta.keys() or meta["model"] not in [*models.MODELS]:
         raise ValueError(f"{path}: has no metadata; give a checkpoint that a run of this kit wrote")
     meta = {"stored_size": meta["image_size"], "source": {}, **meta}
-    if meta.get("model") not in list(models.MODELS):
-        raise ValueError(f"{path}: its metadata are of another kit (model); give another checkpoint")
     changes = utils.keyword_arguments(args.model_args, models.MODELS[meta["model"]], "--model_args")
     try:
         meta["arguments"] = {**meta["arguments"], **changes}
@@ -1551,43 +1448,37 @@ def run_evaluate(args):
     return 0
 
 
-def score(path, args):
-    """(result, its `Task`, what pictures need or None) of a checkpoint on its test or val split."""
-    model, meta, task, apply = load_model(path, args)
-    puzzles, size = meta["model"] == "sudoku_gnn", 2 * args.batch_size
+def split_to_score(path, args, meta):
+    """(name of the split, its `data.Split`, `data.Data`): test, else val, else all of other data."""
     # with another seed or fraction, samples that it was trained on would be scored
     flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
     names = ["test", "val"]
-    if args.data and full_path(args.data) != meta["source"].get("data"):  # whole, if without splits
+    if args.data and full_path(args.data) != meta["source"].get("data"):
         flags |= {"data": args.data, "val_fraction": 0.0, "max_samples": 0}
         names.append("train")
     source = load_source(argparse.Namespace(**flags))
     name = next((name for name in names if name in source.splits), None)
-    if name == "train" and not puzzles:  # perhaps the training set, moved: only its val is fair
-        flags |= {**meta["source"], "data": args.data}
-        with contextlib.suppress(ValueError):
-            again = load_source(argparse.Namespace(**flags))
-            if "val" in again.splits and fingerprint(again) == meta.get("fingerprint"):
-                source, name = again, "val"
     if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
-    split, name = source.splits[name], "all" if name == "train" else name
-    channels, known = (*split.images.shape[3:], 1)[0], meta["classes"]
+    split, known = source.splits[name], meta["classes"]
     strange = [name for name in source.classes if name not in known]
-    if strange or channels != meta["in_channels"]:
-        raise ValueError(f"--data: classes {utils.shorten(strange or known)} in {channels} channels do "
-                         f"not fit {path}, with {utils.shorten(known)} in {meta['in_channels']}")
+    if strange or source.channels != meta["in_channels"]:
+        raise ValueError(
+            f"--data: classes {utils.shorten(strange or known)} in {source.channels} channels do not "
+            f"fit {path}, with {utils.shorten(known)} in {meta['in_channels']}")
     if source.classes != known:  # other data may lack a class
         index = np.array([known.index(name) for name in source.classes], np.int64)
         split = replace(split, labels=index[split.labels])
-    device, order = next(model.parameters()).device, torch.arange(len(split))
+    return "all" if name == "train" else name, split, source
+
+
+def score(path, args):
+    """(result, its `Task`, what pictures need or None) of a checkpoint on its test or val split."""
+    model, meta, task, apply = load_model(path, args)
+    name, split, source = split_to_score(path, args, meta)
+    device, size, pairs, drawn = next(model.parameters()).device, 2 * args.batch_size, [], None
     fetch = data.batches(split, device, utils.free_bytes(device) // 4, args.workers)
-    pairs, latency, drawn, pieces = [], [], None, data.chunks(order, size)
-    for _ in range(33):
-        began = time.perf_counter()
-        [(outputs, _)] = apply(fetch([order[:1]]))
-        outputs.flatten()[0].item()  # waits for the device
-        latency.append(time.perf_counter() - began)
+    pieces = data.chunks(torch.arange(len(split)), size)
     list(apply(fetch(pieces[:1])))  # the first pass at a size takes longer
     began = time.perf_counter()
     with utils.progress_bar(Path(path).name, len(split), task.unit, args.quiet) as bar:
@@ -1596,31 +1487,29 @@ def score(path, args):
             bar.update(len(targets))
     rate = len(split) / (time.perf_counter() - began)
     result = means(sum_totals(pairs, task), task)
-    if not puzzles:
+    if meta["model"] != "sudoku_gnn":
         logits, labels = (torch.cat(column) for column in zip(*pairs))
         p, labels = logits.float().softmax(1).numpy(), labels.numpy()
         result |= utils.classification_report(p, labels, meta["classes"])
         drawn = p, labels, split, meta
-    median, slow = np.percentile(latency[3:], (50, 95)) * 1e3
     return {
         "checkpoint": str(path), "data": source.description, "split": name, "samples": len(split),
-        "chose_checkpoint": name == "val" and fingerprint(source) == meta.get("fingerprint"),
-        "tta": args.tta, **result, "latency_ms": median, "latency_p95_ms": slow,
-        "samples_per_second": rate, "batch_size": size,
+        "chose_checkpoint": name == "val" and source.fingerprint() == meta.get("fingerprint"),
+        "tta": args.tta, **result, "samples_per_second": rate, "batch_size": size,
     }, task, drawn
 
 
 def run_predict(args):
     """Applies the checkpoint of --predict to --input; the exit status."""
     model, meta, _, apply = load_model(args.predict, args)
-    puzzles, suffix = meta["model"] == "sudoku_gnn", Path(args.output or "").suffix
-    allowed = ["", ".csv", *([".sdm", ".sdk"] if puzzles else [".json"])]
-    if suffix not in allowed:
-        raise ValueError(f"--output {args.output}: {meta['model']} writes {allowed[1:]}")
+    puzzles = meta["model"] == "sudoku_gnn"
+    allowed = [".csv", ".sdm", ".sdk"] if puzzles else [".csv", ".json"]
+    if args.output and Path(args.output).suffix not in allowed:
+        raise ValueError(f"--output {args.output}: {meta['model']} writes {allowed}")
     if args.search and not puzzles:
         raise ValueError("--search: is for puzzles; leave it out")
-    call, device = predict_puzzles if puzzles else predict_images, next(model.parameters()).device
-    return call(apply, meta, device, args)
+    predict = predict_puzzles if puzzles else predict_images
+    return predict(apply, meta, next(model.parameters()).device, args)
 
 
 def predict_images(apply, meta, device, args):
@@ -1654,9 +1543,8 @@ def predict_puzzles(apply, meta, device, args):
     """Boards and verdicts for the puzzles of --input, printed and written to --output; 0."""
     path, suffix = Path(args.input[0]), Path(args.output or "").suffix
     if len(args.input) > 1 or not path.is_file() or path.suffix.lower() in data.IMAGE_SUFFIXES:
-        problem = "is not one file of puzzles" if path.exists() else "no such file of puzzles"
-        raise ValueError(f"--input {' '.join(args.input)}: {problem}; for pictures "
-                         "name a checkpoint: --predict CKPT")
+        raise ValueError(f"--input {' '.join(args.input)}: is no file of puzzles; for pictures name a "
+                         "checkpoint: --predict CKPT")
     puzzles, _ = data.read_sudoku(path, with_solutions=False)
     if args.output:
         data.sudoku_text(suffix, puzzles[:2])  # refuses early what an .sdk cannot hold
@@ -1727,8 +1615,7 @@ def main(argv=None):
             held.enter_context(utils.processes(args.device, args.timeout))
             state, begun = open_run(args, given, held)
             if args.find_lr:
-                lr_sweep(state, begun)
-                return 0
+                return run_find_lr(state, begun)
             run = begun
             with utils.catch_signals() as run.stop:
                 return fit(state, run)

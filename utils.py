@@ -3,7 +3,6 @@
 Imports torch, numpy, tqdm and the standard library; others only in the functions that need them.
 """
 
-import argparse
 import ast
 import contextlib
 import csv
@@ -29,7 +28,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from datetime import timedelta
 from pathlib import Path
 
@@ -96,8 +95,7 @@ def load_checkpoint(path, legacy=False):
     `legacy` admits files of torch before 1.6, which have no checksums."""
     path = Path(path)
     if not path.is_file():
-        instead = path / "best.pt" if (path / "best.pt").is_file() else "a .pt file of a run"
-        raise ValueError(f"{path}: no such checkpoint; give {instead}")
+        raise ValueError(f"{path}: no such checkpoint; give a .pt file, such as a run's best.pt")
     try:
         if zipfile.is_zipfile(path) or not legacy:
             with zipfile.ZipFile(path) as archive:
@@ -109,55 +107,40 @@ def load_checkpoint(path, legacy=False):
     except Exception as error:  # damaged files make zipfile and torch raise almost any type
         if isinstance(error, OSError | MemoryError) or re.search("memory|DataLoader", str(error)):
             raise  # the file is not at fault
-        reason = one_line(error)
-        raise ValueError(f"{path}: not a whole checkpoint ({reason}); use another one")
+        raise ValueError(f"{path}: not a whole checkpoint ({one_line(error)}); use another one")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
     version = checkpoint.get("format_version", 0)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version not in range(FORMAT_VERSION + 1):
         raise ValueError(f"{path}: format {version}, this kit reads up to {FORMAT_VERSION}")
     return checkpoint
 
 
 def load_newest(folder, needed=("step",), log=print, set_aside=True):
-    """The checkpoint with the higher step of `last.pt` and `previous.pt`; None without files. One
-    that cannot be used is renamed to `*.damaged` if `set_aside`, for holders of the `lock`."""
+    """The checkpoint with the higher step of `last.pt` and `previous.pt`; None without files. A
+    damaged one is renamed to `*.damaged` if `set_aside`, for holders of the `lock`."""
     folder, usable = Path(folder), []
-    for path in (folder / "last.pt", folder / "previous.pt"):
+    for path in filter(os.path.exists, (folder / "last.pt", folder / "previous.pt")):
         try:
-            if not path.exists():
-                continue
-            checkpoint = load_checkpoint(path)
-            if absent := [key for key in needed if key not in checkpoint]:
-                reason = ", so it is no checkpoint of a run"
-                if "format_version" in checkpoint:
-                    reason = ": another version of the kit wrote it; use that, or start a new run"
-                raise ValueError(f"{path}: has no {absent[0]}{reason}")
-            usable.append(checkpoint)
+            usable.append(load_checkpoint(path))
         except OSError as error:
             log(f"warning: {path}: {error.strerror}; passed over")
         except ValueError as error:
-            if re.search("this kit reads up to|another version of the kit", str(error)):
+            if "this kit reads up to" in str(error):
                 raise
             if set_aside:
                 names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
                 aside = next(name for name in names if not name.exists())
                 os.replace(path, aside)
                 log(f"warning: {error}; set aside as {aside.name}")
+    for key, checkpoint in itertools.product(needed, usable):
+        if key not in checkpoint:
+            raise ValueError(f"{folder}: its checkpoint has no {key}: another version of the kit "
+                             "wrote it; use that, or start a new run")
     if not usable and has_checkpoints(folder):
         raise ValueError(f"--resume {folder.name}: its checkpoints are damaged or cannot be read; "
                          f"start anew, perhaps with --pretrained {folder / 'best.pt'}")
     return max(usable, key=lambda checkpoint: checkpoint["step"], default=None)
-
-
-def checkpoint_of(runs, name):
-    """The file `name`, or the best.pt of the run `name` (a folder, or one in `runs`)."""
-    for file in (Path(name), Path(name) / "best.pt", Path(runs) / name / "best.pt"):
-        if file.is_file():
-            return file
-    others = ", ".join(sorted(path.parent.name for path in Path(runs).glob("*/best.pt"))[-5:])
-    raise ValueError(f"{name}: no such checkpoint; give a .pt file of a run, or a run; in "
-                     f"{Path(runs).resolve()} there are {others or 'none'}")
 
 
 def has_checkpoints(folder):
@@ -174,24 +157,35 @@ def one_line(error):
 # --------------------------------------------------------------------------- run folder and logs
 
 
+def named_run(runs, name, usable, problem):
+    """The folder `name` or runs/name, if it is `usable`; a ValueError lists some that are."""
+    for folder in (Path(name), Path(runs) / name):
+        if usable(folder):
+            return folder
+    others = sorted(path.name for path in Path(runs).glob("*") if usable(path))[-5:] or ["none"]
+    raise ValueError(f"{problem}; in {Path(runs).resolve()} there are {', '.join(others)}")
+
+
+def checkpoint_of(runs, name):
+    """The file `name`, or the best.pt of the run `name` (a folder, or one in `runs`)."""
+    if Path(name).is_file():
+        return Path(name)
+    problem = f"{name}: no such checkpoint; give a .pt file of a run, or a run"
+    return named_run(runs, name, lambda run: (run / "best.pt").is_file(), problem) / "best.pt"
+
+
 def find_run(runs, name):
-    """The folder `name` or runs/name; for "" the unfinished run whose config.json was written last.
-    ValueError if there is no such run."""
-    runs = Path(runs)
+    """The folder `name` or runs/name; for "" the unfinished run whose config.json is newest."""
     if name:
-        for folder in (Path(name), runs / name):
-            if has_checkpoints(folder):
-                return folder
-        others = sorted(path.name for path in runs.glob("*") if has_checkpoints(path))
-        raise ValueError(f"--resume {shorten(name)}: no such run with a checkpoint; in "
-                         f"{runs.resolve()} there are {', '.join(others[-5:]) or 'none'}")
-    for path in sorted(runs.glob("*/config.json"), key=lambda path: -path.stat().st_mtime_ns):
-        # nothing is set aside: another process may hold the run
-        newest = load_newest(path.parent, ("step", "finished"), set_aside=False)
+        problem = f"--resume {shorten(name)}: no such run with a checkpoint"
+        return named_run(runs, name, has_checkpoints, problem)
+    files = sorted(Path(runs).glob("*/config.json"), key=lambda file: -file.stat().st_mtime_ns)
+    for folder in (file.parent for file in files):  # another process may hold the run
+        newest = load_newest(folder, ("step", "finished"), set_aside=False)
         if newest and not newest["finished"]:
-            return path.parent
-    raise ValueError(f"--resume: no unfinished run with a checkpoint in {runs.resolve()}; start "
-                     "one without --resume")
+            return folder
+    raise ValueError(f"--resume: no unfinished run with a checkpoint in {Path(runs).resolve()}; "
+                     "start one without --resume")
 
 
 def dated_name(model):
@@ -202,22 +196,9 @@ def dated_name(model):
 
 def check_unused(folder):
     """ValueError if a folder holds more than what a run leaves that was killed before it began."""
-    files = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-    if any(file.name != "lock" and file.suffix != ".partial" for file in files):
+    if any(file.name != "lock" and file.suffix != ".partial" for file in folder.glob("*")):
         raise ValueError(f"--run_name {folder.name}: {folder} exists; choose another name, or "
                          f"--resume {folder.name}")
-
-
-def check_room(folder, needed):
-    """ValueError unless `needed` bytes can be written below `folder`, which need not exist yet."""
-    path = Path(folder).absolute()
-    parent = next(place for place in (path, *path.parents) if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{folder}: {parent} is no folder that can be written to; give another")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ValueError(f"{folder}: needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are "
-                         "free; make room there")
 
 
 def lock(folder):
@@ -236,9 +217,7 @@ def lock(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise ValueError(f"{folder}: in use by {holder}; wait, or choose another run")
+        raise ValueError(f"{folder}: in use by {file.read().strip()}; wait, or choose another run")
     except OSError:
         return file  # the file system has no locks
     file.truncate(0)
@@ -265,26 +244,25 @@ def logger(path=os.devnull, past=()):
     if world()[0]:  # only the first of several processes logs
         return lambda line: None
 
-    def write(text):
+    def write(lines):
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(f"{line}\n" for line in lines)
 
     def log(line):
         with contextlib.suppress(OSError):  # a closed terminal or a full disk does not end the run
             tqdm.write(line, file=sys.stdout)  # above any progress bar
             sys.stdout.flush()
-        write(f"{line}\n")
+        write([line])
 
-    write("".join(f"{line}\n" for line in past))
+    write(past)
     return log
 
 
 def progress_bar(title, total, unit, quiet):
-    """A tqdm bar on a terminal; elsewhere `show` prints lines. Neither for under 100 samples, nor in
-    other processes than the first."""
+    """A tqdm bar on a terminal; elsewhere `show` prints lines. Under 100 samples get neither."""
     hidden, terminal = quiet or total < 100 or world()[0] > 0, sys.stderr.isatty()
-    bar = tqdm(desc=title, total=total, unit=f" {unit}", leave=False,
-               ncols=shutil.get_terminal_size().columns,  # tqdm takes a width of 0 as it is
+    width = shutil.get_terminal_size().columns  # tqdm takes a width of 0 as it is
+    bar = tqdm(desc=title, total=total, unit=f" {unit}", leave=False, ncols=width,
                bar_format="{desc} {percentage:3.0f}% |{bar}| {rate_fmt}{postfix}",
                disable=hidden or not terminal)
     bar.title, bar.shown_at = title, time.monotonic()
@@ -307,10 +285,9 @@ def show(bar, text_of, *arguments):
 
 def duration(seconds):
     """A time in words: seconds, minutes or hours."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def class_counts(counts, names):
@@ -354,10 +331,9 @@ def missing(*packages):
 
 def trackers_available(tensorboard, wandb):
     """ValueError if a tracker that was asked for is not installed."""
-    asked = {"tensorboard": ["tensorboard"] * tensorboard, "wandb": ["wandb"] * wandb}
-    for flag, packages in asked.items():
-        if absent := missing(*packages):
-            raise ValueError(f"--{flag} needs the package {absent}: pip install {absent}")
+    for name, asked in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if asked and missing(name):
+            raise ValueError(f"--{name} needs the package {name}: pip install {name}")
 
 
 def trackers(folder, step, config, tensorboard, wandb):
@@ -381,8 +357,7 @@ def trackers(folder, step, config, tensorboard, wandb):
         try:
             run = client.init(dir=str(folder), name=name, id=name, resume="allow", config=config)
         except client.Error as error:
-            reason = one_line(error)
-            raise OSError(f"--wandb: {reason}; log in, or set WANDB_MODE=offline")
+            raise OSError(f"--wandb: {one_line(error)}; log in, or set WANDB_MODE=offline")
         tracks.append(lambda step, values: run.log(values, step=step))
     return tracks
 
@@ -396,7 +371,7 @@ def metrics_line(numbers):
     parts = []
     for name, form in FORMATS.items():
         if name in numbers:
-            levels = [f"{key[len(name) + 1 :]} {form.format(value)}"
+            levels = [f"{key.removeprefix(f'{name}_')} {form.format(value)}"
                       for key, value in numbers.items() if key.startswith(f"{name}_")]
             more = f" ({', '.join(levels)})" if len(levels) > 1 else ""
             parts.append(f"{name} {form.format(numbers[name])}{more}")
@@ -407,27 +382,25 @@ def epoch_line(row, monitor, unit, epochs, new_best):
     """The log's line for an epoch's `row` of metrics.csv, with more on the EMA or validation."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     detailed = "ema" if "ema_loss" in row else "val"
-    details = [*FORMATS, *(monitor + level for level in SUDOKU_LEVELS)]
     for split in ("train", "val", "ema", "swa"):
-        names = ["loss", monitor, *(details if split == detailed else ())]
+        names = ["loss", monitor]
+        if split == detailed:
+            names = [*FORMATS, *(monitor + level for level in SUDOKU_LEVELS)]
         numbers = {name: row[f"{split}_{name}"] for name in names if f"{split}_{name}" in row}
         if numbers:
             parts.append(f"{split} {metrics_line(numbers)}")
-    parts.append(f"{row['seconds']:.1f} s")
-    parts.append(f"{row['samples_per_second']:,.0f} {unit}/s")
-    parts.append(f"lr {row['lr']:.2e}" if row["lr"] > 1e-7 else "lr near 0, as scheduled")
+    rate = f"lr {row['lr']:.2e}" if row["lr"] > 1e-7 else "lr near 0, as scheduled"
+    parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_second']:,.0f} {unit}/s", rate]
     if row["bad_steps"]:
         parts.append(f"{row['bad_steps']} bad steps")
-    if new_best:
-        parts.append("new best")
-    return " | ".join(parts)
+    return " | ".join([*parts, "new best"] if new_best else parts)
 
 
 @contextlib.contextmanager
 def catch_signals(gently=True):
     """Yields a list that receives the number of SIGINT, SIGTERM or SIGHUP; a second ends at once.
     Without `gently` the first one raises KeyboardInterrupt with its number."""
-    received, before = [], {}
+    received = []
 
     def handle(number, frame):
         if received:
@@ -436,15 +409,12 @@ def catch_signals(gently=True):
         if not gently:
             raise KeyboardInterrupt(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            before[number] = signal.signal(number, handle)
-    try:
+    with contextlib.ExitStack() as undo:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                undo.callback(signal.signal, number, signal.signal(number, handle))
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------ flags and presets
@@ -452,12 +422,11 @@ def catch_signals(gently=True):
 
 def number(kind, low=-math.inf, high=math.inf, open_low=False, open_high=False, word=None):
     """An argparse type: a finite int or float (`kind`) within bounds, or the string `word`."""
-    bounds = []
+    wanted = "an integer" if kind is int else "a number"
     if low > -math.inf:
-        bounds.append(f"{'above' if open_low else 'at least'} {low:g}")
+        wanted += f" {'above' if open_low else 'at least'} {low:g}"
     if high < math.inf:
-        bounds.append(f"{'below' if open_high else 'at most'} {high:g}")
-    wanted = f"{'an integer' if kind is int else 'a number'} {' and '.join(bounds)}".strip()
+        wanted += f" and {'below' if open_high else 'at most'} {high:g}"
     if word:
         wanted += f" or {word}"
 
@@ -484,7 +453,7 @@ def boolean(text):
 def file_path(text):
     """An argparse type: the text itself if a file could have that name."""
     if not text:
-        raise ArgumentTypeError("is empty: no such file or folder; give a path")
+        raise ArgumentTypeError("is empty; give a path")
     with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair
         if b"\0" not in os.fsencode(text):
             return text
@@ -492,21 +461,20 @@ def file_path(text):
 
 
 def run_name(text):
-    """An argparse type: a folder name that every file system takes and that cannot leave runs/."""
+    """An argparse type: a plain folder name, which cannot leave runs/."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) or re.search(r"\.\.|\.$", text):
         raise ArgumentTypeError("must be 1 to 64 letters, digits, '.', '_' or '-', the first a "
                                 f"letter or digit, got {shorten(text)}")
-    if re.match(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", text.upper()):
-        raise ArgumentTypeError(f"is a reserved name on Windows, got {text!r}; choose another")
     return text
 
 
-def shorten(text):
+def shorten(value):
     """The repr of a user's input, cut to 80 characters."""
-    return repr(text) if len(repr(text)) <= 80 else repr(text)[:77] + "..."
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """argparse whose errors are one line, after the text `where`, with exit status 2."""
 
     where = ""
@@ -550,45 +518,60 @@ def raise_first(conditions):
 def check_output(path, suffixes, inputs):
     """ValueError unless the --output file `path` can be written; `inputs` are paths or None."""
     path = Path(path)
+    where, folder = f"--output {path}:", path.parent
     used = path.exists() and any(path.samefile(x) for x in inputs if x and Path(x).exists())
-    where = f"--output {path}:"
     raise_first((
-        # the temporary's name is longer, and 255 is the limit
-        (len(os.fsencode(path.name)) > 200, f"{where} must be a name of at most 200 bytes; shorten it"),
-        (path.suffix not in suffixes or path.is_dir() or not path.parent.is_dir(),
+        (len(os.fsencode(path.name)) > 200,  # the temporary's name is longer, and 255 is the limit
+         f"{where} must be a name of at most 200 bytes; shorten it"),
+        (path.suffix not in suffixes or path.is_dir() or not folder.is_dir(),
          f"{where} must be a {' or '.join(suffixes)} file in a folder that exists"),
-        (not os.access(path.parent, os.W_OK),
-         f"{where} its folder cannot be written to; choose another"),
+        (not os.access(folder, os.W_OK), f"{where} its folder cannot be written to; take another"),
         (used, f"{where} is an input too; choose another name"),
     ))
 
 
+def parse_words(parser, words, aliases=None):
+    """{flag: value} of words as on the command line; ends the program where one is bad. `aliases`
+    {name: flag} are names that other kits give to flags, for the advice."""
+    words = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words]
+    flags, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        alias = (aliases or {}).get(name[2:])
+        near = nearest(name, list(parser._option_string_actions))
+        parser.error(f"{shorten(name)} is no flag; {f'did you mean --{alias}?' if alias else near}")
+    return vars(flags)
+
+
+def parse_preset(parser, path, name, modes):
+    """{flag: value} of the preset `name` of the JSON file `path`, checked as on the command line and
+    by its JSON types; ends the program where it is bad. `modes` are flags that no preset sets."""
+    try:
+        preset, words = read_preset(path, name)
+    except (ValueError, OSError) as error:
+        parser.error(message_of(error))
+    parser.where = f"{path.name}: {name}: "
+    flags = parse_words(parser, words)
+    for key, value in preset.items():
+        if key in modes or isinstance(value, str) != isinstance(flags[key], str):
+            parser.error(f"{key} {shorten(value)}: is no flag for a preset, or of another type")
+    return flags
+
+
 def read_preset(path, name):
     """(the preset `name` of the JSON file `path`, its words for a command line)."""
-    place = path.name
     try:
-        if not path.exists():
-            raise ValueError("no such file; presets are read from it")
-        if path.stat().st_size > 2**20:
-            raise ValueError(f"over {2**20:,} bytes; a preset is one short object")
-        presets = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys,
-                             parse_constant=no_constant)
+        presets = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(presets, dict) or not all(type(x) is dict for x in presets.values()):
             raise ValueError('must be an object of objects, {"name": {"flag": value}}')
         if name not in presets:
             names = ", ".join(presets) or "none"
             raise ValueError(f"--config {shorten(name)} is no preset; there are {names}")
         return presets[name], preset_words(presets[name])
-    except RecursionError:
-        reason = "nested too deep; a preset is flat"
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 at byte {error.start}; convert it"
-    except json.JSONDecodeError as error:
-        place += f":{error.lineno}:{error.colno}"
-        reason = f"not JSON: {error.msg}"
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name}: not JSON in UTF-8 ({error}); mend it")
     except ValueError as error:
-        reason = str(error)
-    raise ValueError(f"{place}: {reason}")
+        raise ValueError(f"{path.name}: {error}")
 
 
 def unique_keys(pairs):
@@ -601,27 +584,18 @@ def unique_keys(pairs):
     return found
 
 
-def no_constant(text):
-    raise ValueError(f"{text} is no number for JSON; give a finite one")
-
-
 def preset_words(preset):
-    """Words of a command line for a preset; ValueError for values that no flag can have. {"lr": 1,
-    "model_args": {"widths": [24, 64]}} gives --lr=1 --model_args widths=24,64."""
+    """Words of a command line for a preset: {"lr": 1, "model_args": {"widths": [24, 64]}} gives
+    --lr=1 --model_args widths=24,64. ValueError for a key that no flag can have."""
     words = []
     for key, value in preset.items():
-        nested = isinstance(value, dict)
-        words += [f"--{key}"] * nested
-        good = value != {} and re.fullmatch(r"[a-z]\w*", key)
-        for name, inner in value.items() if nested else [(f"--{key}", value)]:
-            if nested and name.startswith("-"):
-                raise ValueError(f"{key} {shorten(name)}: is no argument")
-            items = inner if nested and isinstance(inner, list) else [inner]
-            words.append(f"{name}={','.join(map(str, items))}")
-            good = good and items and all(isinstance(x, str | int | float) for x in items)
-        if not good:
-            raise ValueError(f"{shorten(key)} must be a flag, and its value a string, a number, "
-                             "true, false, or an object of those and of lists of numbers")
+        nested = value if isinstance(value, dict) else {}
+        if value == {} or not all(re.fullmatch(r"[a-z]\w*", name) for name in (key, *nested)):
+            raise ValueError(f"{shorten(key)} must be a flag, an object's keys its arguments")
+        words.append(f"--{key}" if nested else f"--{key}={value}")
+        for name, inner in nested.items():
+            text = ",".join(map(str, inner)) if isinstance(inner, list) else inner
+            words.append(f"{name}={text}")
     return words
 
 
@@ -629,8 +603,7 @@ def keyword_arguments(words, function, flag):
     """{name: value} of KEY=VALUE words for the parameters of `function` with defaults, and of their
     types; a tuple is integers with commas. ValueError that begins with `flag`."""
     reserved = ("num_classes", "in_channels", "values", "min_delta")  # the caller sets these
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()
                 if p.default is not p.empty and p.name not in reserved}
     types = {bool: boolean, int: number(int), float: number(float),
              tuple: lambda text: tuple(map(int, text.split(",")))}
@@ -655,13 +628,12 @@ def keyword_arguments(words, function, flag):
     return values
 
 
-# ---------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------- metrics, reports, pictures
 
 
 def higher_is_better(monitor):
     """Whether higher values of the metric `monitor` are better."""
-    lower = ("loss", "violations", "entropy", "error", "latency")
-    return not any(word in monitor for word in lower)
+    return not re.search("loss|violations|entropy|error|latency", monitor)
 
 
 def image_metrics(logits, labels):
@@ -692,8 +664,8 @@ def classification_report(p, labels, names):
         **means,
         "mean_average_precision": precision[support > 0].mean(),
         "calibration_error": calibration(p, labels)[0],
-        "confidence": p.max(1).mean(),
-        "entropy": -(p * np.log(p.clip(np.finfo(np.float32).tiny))).sum(1).mean(),
+        "confidence": float(p.max(1).mean()),
+        "entropy": float(-(p * np.log(p.clip(np.finfo(np.float32).tiny))).sum(1).mean()),
         "per_class": [dict(zip(scores, values)) for values in zip(*scores.values())],
         "confusion_matrix": matrix,
     }
@@ -705,8 +677,7 @@ def ratio(a, b):
 
 
 def average_precision(scores, positive):
-    """Mean precision over the positives at each threshold of `scores` [N]; 0 without positives.
-    Samples of equal score count together."""
+    """Average precision of `scores` [N], equal ones together; 0 where none is `positive` [N]."""
     order = (-scores).argsort(kind="stable")
     last_of_score = np.append(np.diff(scores[order]) != 0, True)
     hits = positive[order].cumsum()[last_of_score]
@@ -719,8 +690,7 @@ def calibration(p, labels, bins=15):
     bins of equal width (arXiv:1706.04599)."""
     confidence, right = p.max(1).astype(float), p.argmax(1) == labels
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    share, sure, good = (np.bincount(index, weights, bins) / len(p)
-                         for weights in (np.ones(len(p)), confidence, right))
+    share, sure, good = (np.bincount(index, x, bins) / len(p) for x in (None, confidence, right))
     return float(np.abs(good - sure).sum()), ratio(sure, share), ratio(good, share), share
 
 
@@ -752,12 +722,9 @@ def sudoku_metrics(logits, labels):
                  for values in (torch.stack(scores).float(), torch.stack(counts)))
 
 
-# ----------------------------------------------------------------------------------- --evaluate
-
-
 def report_lines(result):
     """Lines with the metrics of one checkpoint and the (up to) 20 classes of lowest F1."""
-    lines = [f"{name:24} {result[name]:,.4f}" for name in measured(result)]
+    lines = [f"{name:24} {x:,.4f}" for name, x in result.items() if isinstance(x, float)]
     rows = [row for row in result.get("per_class", ()) if row["samples"]]
     if rows:
         lines.append("precision  recall     F1     AP  samples  class, the lowest F1 first"
@@ -768,13 +735,13 @@ def report_lines(result):
 
 
 def side_by_side(results):
-    """Lines of a table: a row for each metric, a column for each checkpoint. A star marks the best
-    value of a row if all were scored on the same data."""
+    """Lines of a table: a row for each metric, a column for each checkpoint, a star at the best."""
     names = [result["checkpoint"] for result in results]
     form = "{:24}" + f"{{:>{max(14, *map(len, names)) + 2}}}" * len(names)
     lines = [form.format("", *names)]
     same_data = len({(x["data"], x["split"], x["samples"]) for x in results}) == 1
-    for metric in dict.fromkeys(itertools.chain(*map(measured, results))):
+    found = [(name, x) for result in results for name, x in result.items()]
+    for metric in dict.fromkeys(name for name, x in found if isinstance(x, float)):
         values = [result.get(metric, math.nan) for result in results]
         best = np.nanmax(values) if higher_is_better(metric) else np.nanmin(values)
         marked = same_data and not metric.startswith(("confidence", "entropy"))
@@ -787,43 +754,35 @@ def side_by_side(results):
     return [*lines, f"highest {main}: {best['checkpoint']}"]
 
 
-def measured(result):
-    """The names of the metrics in a result of --evaluate."""
-    return [name for name, value in result.items() if isinstance(value, float | np.floating)]
-
-
 def draw_report(output, result, predictions):
     """Draw pictures of a checkpoint's `result` beside the file `output`; their paths. `predictions`
     is None or (probabilities [N, K], labels [N], their `data.Split`, metadata)."""
     if predictions is None:
         return []
     p, labels, split, meta = predictions
-    names = list(map(short, meta["classes"]))
+    names, size = list(map(short, meta["classes"])), meta["image_size"]
     title = f"{result['checkpoint']} on {result['split']}{', with --tta' * result['tta']}"
     chosen, confidence = p.argmax(1), p.max(1)
     wrong = np.flatnonzero(chosen != labels)
-    first = wrong[np.argsort(-confidence[wrong], kind="stable")[:24]]
+    first = wrong[(-confidence[wrong]).argsort(kind="stable")[:24]]
     heading = f"{title}\nthe most confident of {len(wrong):,} mistakes in {len(p):,}"
-    titles = [f"{names[labels[i]]}, taken for\n{names[chosen[i]]} {confidence[i]:.0%}"
-              for i in first]
-    if len(split.files):
-        titles = [f"{title}\n{short(split.files[i])}" for title, i in zip(titles, first)]
-    start = (split.images.shape[1] - meta["image_size"]) // 2
-    centre = slice(start, start + meta["image_size"])
-    paths = [output.with_name(f"{output.stem}-{kind}.png")
-             for kind in ("confusion", "reliability", "mistakes")]
+    titles = []
+    for i in first:
+        text = f"{names[labels[i]]}, taken for\n{names[chosen[i]]} {confidence[i]:.0%}"
+        titles.append(f"{text}\n{short(split.files[i])}" if len(split.files) else text)
+    start = (split.images.shape[1] - size) // 2
+    images = split.images[first][:, start : start + size, start : start + size]
+    kinds = ("confusion", "reliability", "mistakes")
+    paths = [output.with_name(f"{output.stem}-{kind}.png") for kind in kinds]
     made = [save_confusion(paths[0], result["confusion_matrix"], names, title),
             save_reliability(paths[1], p, labels, title),
-            save_contact_sheet(paths[2], split.images[first][:, centre, centre], titles, heading)]
+            save_contact_sheet(paths[2], images, titles, heading)]
     return paths if all(made) else []
 
 
-# --------------------------------------------------------------------------------------- pictures
-# Each function draws with matplotlib, without a window, and returns False if it is not installed.
-
-
 def drawn(draw):
-    """Decorator: a function (path, …) that writes the PNG of draw(figure, …)."""
+    """Decorator: a function (path, …) that writes the PNG of draw(figure, …), without a window. It
+    returns False where matplotlib is not installed."""
 
     def write(path, *arguments):
         try:
@@ -855,8 +814,8 @@ def save_curve(figure, x, y, marks):
     figure.set_size_inches(7, 4)
     axes = figure.subplots()
     axes.semilogx(x, y, color="black")
-    for i, (name, value) in enumerate(marks.items()):
-        axes.axvline(value, color=f"C{i}", linestyle="--", label=f"{name}: {value:.1e}")
+    for name, value in marks.items():
+        axes.axvline(value, linestyle="--", label=f"{name}: {value:.1e}")
     axes.set(xlabel="learning rate", ylabel="smoothed loss", title="Learning-rate range test")
     axes.set_ylim(top=1.5 * y[0])  # a diverging end would flatten the rest
     axes.xaxis.set_major_formatter("{x:.0e}")  # without a formatter for mathematical text
@@ -875,7 +834,7 @@ def save_history(figure, rows, metric):
                 axes.plot(*zip(*points), marker=".", label=key)
         values = [y for line in axes.get_lines() for y in line.get_ydata() if math.isfinite(y)]
         if name == "loss" and values:  # one spike does not flatten the rest
-            axes.set_ylim(top=min(1.05 * max(values), 2 * np.percentile(values, 90)))
+            axes.set_ylim(0, min(1.05 * max(values), 2 * np.percentile(values, 90)))
         axes.set(xlabel="epoch", title=name.replace("_", " "))
         axes.legend()
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -897,8 +856,8 @@ def save_confusion(figure, matrix, classes, heading):
     for i, j in zip(*matrix.nonzero()) if count <= 25 else ():
         color = "white" if shares[i, j] > 0.5 else "black"
         axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=color, fontsize=7)
-    title = f"{heading}\n{np.trace(matrix):,} of {matrix.sum():,} right"
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"{heading}\n{np.trace(matrix):,} of {matrix.sum():,} right")
 
 
 @drawn
@@ -909,14 +868,9 @@ def save_reliability(figure, p, labels, heading):
     error, confidence, accuracy, share = calibration(p, labels)
     axes.plot([0, 1], [0, 1], "k--", label="perfectly calibrated")
     axes.scatter(confidence, accuracy, 1000 * share, clip_on=False, label="area: share of samples")
-    title = f"{heading}\nexpected calibration error {error:.3f}"
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=title)
-    axes.legend(loc="upper left")
-
-
-def displayable(images):
-    """Images [..., 3] from images [..., C]: the first three channels, or the first one repeated."""
-    return images[..., :3] if images.shape[-1] >= 3 else images[..., [0, 0, 0]]
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"{heading}\nexpected calibration error {error:.3f}")
+    axes.legend()
 
 
 @drawn
@@ -928,7 +882,7 @@ def save_contact_sheet(figure, images, titles, heading):
     for axes in figure.subplots(rows, 6, squeeze=False).flat:
         axes.axis("off")
     for axes, image, title in zip(figure.axes, images, titles):
-        axes.imshow(displayable(image))
+        axes.imshow(image[..., :3] if image.shape[-1] >= 3 else image[..., [0, 0, 0]])
         axes.set_title(title, fontsize=8)
 
 
@@ -965,22 +919,20 @@ def exported(model, batches, suffix, facts):
                 import onnx.reference
 
                 proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
-                texts = {name: json.dumps(fact) for name, fact in facts.items()}
-                onnx.helper.set_model_props(proto, texts)
+                onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in facts.items()})
                 buffer.write(proto.SerializeToString())
                 session = onnx.reference.ReferenceEvaluator(proto)
                 name = session.input_names[0]
                 run = lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
     except (RuntimeError, ImportError, torch.onnx.errors.OnnxExporterError) as error:
-        reason = one_line(error.__cause__ or error)
-        raise ValueError(f"--export: the exporter failed ({reason})")
+        raise ValueError(f"--export: the exporter failed ({one_line(error.__cause__ or error)})")
     with torch.no_grad(), np.errstate(all="ignore"):  # ONNX's reference overflows in exp
         if not all(torch.allclose(run(batch), model(batch), atol=1e-4) for batch in batches):
             raise ValueError("--export: the program differs from the model; nothing was written")
     return buffer.getvalue()
 
 
-# ----------------------------------------------------------------------------- device and memory
+# ----------------------------------------------------------------------------- device and processes
 
 
 def set_up_device(name="auto", amp="auto", channels_last=True, deterministic=True, memory_gb=None):
@@ -1027,11 +979,10 @@ def cpu_has_amx():
 
 def pick_precision(amp, device):
     """(dtype of autocast, reason); float32 means off. `amp` is auto, True, False, fp16 or bf16."""
-    if amp in ("False", "bf16"):
-        return torch.bfloat16 if amp == "bf16" else torch.float32, "asked for"
-    if amp == "fp16":
-        slow = ", many times slower than float32 on a CPU" if device.type == "cpu" else ""
-        return torch.float16, "asked for" + slow
+    asked = {"False": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if amp in asked:
+        slow = amp == "fp16" and device.type == "cpu"
+        return asked[amp], "asked for" + ", many times slower than float32 on a CPU" * slow
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "supported by this GPU"
@@ -1069,13 +1020,9 @@ def free_bytes(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
-        text = Path("/proc/meminfo").read_text()
-        return int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) * 1024
+        return int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):
         return 4 * 2**30
-
-
-# -------------------------------------------------------------------------------- many processes
 
 
 def world():
@@ -1151,8 +1098,7 @@ def check_agreement(facts):
     codes[rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
     for name, column in zip(facts, all_reduce(codes).T):
         if len(column.unique()) > 1:
-            raise ValueError(f"the processes have different {name}; start them all with the same "
-                             "flags, data and torch")
+            raise ValueError(f"the processes have different {name}; start all with the same")
 
 
 def lost_process(error):
@@ -1171,12 +1117,11 @@ def copy_definitions(names, folder):
         if name not in known:
             raise ValueError(f"--copy {shorten(name)}: is no function, class or constant here; "
                              f"{nearest(name, known)}")
-    needed, count = set(names), 0
-    while len(needed) > count:  # until nothing more is needed
-        count = len(needed)
-        for defined, _, uses in definitions:
-            if defined & needed:
-                needed |= uses
+    needed, found = set(), set(names)
+    while found:  # until nothing more is needed
+        needed |= found
+        used = (uses for defined, _, uses in definitions if defined & found)
+        found = set().union(*used) - needed
     lines = [text for name, text in imports.items() if name in needed]
     lines.sort(key=lambda text: (text.startswith("from"), text))
     texts = [text for defined, text, _ in definitions if defined & needed]

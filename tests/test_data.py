@@ -246,9 +246,9 @@ def test_the_cache_is_used_and_rebuilt_when_a_file_changes(tmp_path, monkeypatch
     assert len(decoded) == 8 and np.array_equal(first, again)
     os.utime(root / "ant" / "0.jpg", ns=(1, 1))
     data.load(root, val_fraction=0, cache_dir=cache)
-    assert len(decoded) == 16 and len(list(cache.iterdir())) == 1  # the old one is gone
+    assert len(decoded) == 16 and len(list(cache.iterdir())) == 2
     data.load(root, image_size=24, val_fraction=0, cache_dir=cache)
-    assert len(decoded) == 24 and len(list(cache.iterdir())) == 2  # other settings stand beside it
+    assert len(decoded) == 24 and len(list(cache.iterdir())) == 3  # other settings stand beside it
 
 
 def test_a_stopped_decode_leaves_no_cache(tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def commands():
 
 
 def test_every_flag_in_the_readme_exists():
-    known = {o for action in train.build_parser()._actions for o in action.option_strings}
+    known = {o for action in train.build_parser()[0]._actions for o in action.option_strings}
     known |= {"--index_url", "--upgrade"}  # pip's, the next ones torchrun's
     known |= {"--nproc_per_node", "--max_restarts", "--nnodes", "--node_rank", "--master_addr"}
     flags = {f.replace("-", "_") for f in re.findall(r"(?<![\w-])--([a-z][a-z_-]*[a-z])", README)}

@@ -131,7 +131,7 @@ extra                                          | 'extra' is no flag
 --batch_size -3                                | --batch_size: must be
 --batch_size few                               | --batch_size: integer at least 1 or auto
 --accumulation_steps 0.5                       | --accumulation_steps: must be an integer
---lr nan                                       | --lr: must be a number above 0 or auto, got 'nan'
+--lr nan                                       | --lr: must be a number above 0, got 'nan'
 --lr inf                                       | --lr: must be
 --lr 0                                         | --lr: must be
 --lr -1                                        | --lr: must be
@@ -140,7 +140,6 @@ extra                                          | 'extra' is no flag
 --ema_decay -0.1                               | --ema_decay: must be at least 0 and below 1
 --val_fraction 1                               | --val_fraction: must be
 --val_fraction nan                             | --val_fraction: must be a number
---val_every 0                                  | --val_every: integer at least 1 or adaptive
 --workers -1 |
     --workers: must be an integer at least 0 and at most 64
 --workers 1000                                 | --workers: must be
@@ -162,7 +161,6 @@ extra                                          | 'extra' is no flag
 --run_name a/b                                 | --run_name: must be 1 to 64
 --run_name a\b                                 | --run_name: must be 1 to 64
 --run_name /tmp/x                              | --run_name: must be 1 to 64
---run_name con.txt                             | --run_name: reserved name on Windows
 --config nothing |
     --config 'nothing' is no preset; there are efficientnet_b0_4gb cpu
 --data nowhere                                 | --data nowhere: no such file or folder
@@ -178,14 +176,9 @@ extra                                          | 'extra' is no flag
 --batch_size auto --min_steps 9                | --min_steps: leave one of them out
 --effective_batch 8 --min_steps 9              | --min_steps: leave one of them out
 --swa_start_epoch 4 --epochs 3                 | --swa_start_epoch 4: at most --epochs 3
---freeze_epochs 4 --epochs 3                   | --freeze_epochs 4: at most --epochs 3
---swa_start_epoch 2 --freeze_epochs 2          | --swa_start_epoch 2: above --freeze_epochs 2
---freeze_epochs 1 --lr auto                    | --freeze_epochs: whole network
 --warmup_epochs 3 --epochs 3 --scheduler cosine | --warmup_epochs 3: must be below --epochs 3
 --warmup_epochs 1                              | --warmup_epochs: onecycle warms up
 --max_lr 0.1 --scheduler cosine                | --max_lr: is for --scheduler onecycle
---max_lr 0.1 --lr auto                         | --max_lr: --lr auto leave one of them out
---swa_lr 0.1                                   | --swa_lr: needs --swa_start_epoch
 --image_size 2048                              | --image_size 2048: 4,000 images take bytes
 
 --data a.npz --model custom --model_args width=8 |
@@ -281,8 +274,8 @@ SUDOKU --data a.npz                            | a.npz: line 1:
 --predict stopped.pt --input photos --search   | --search: is for puzzles
 --predict stopped.pt --input photos --output a.sdm | --output a.sdm: .csv .json
 --predict puzzles.pt --input p.csv --output a.json | --output a.json: .csv .sdm .sdk
---predict puzzles.pt --input folder            | --input folder: is not one file of puzzles
---predict puzzles.pt --input p.csv p.csv       | --input p.csv p.csv: is not one file
+--predict puzzles.pt --input folder            | --input folder: is no file of puzzles
+--predict puzzles.pt --input p.csv p.csv       | --input p.csv p.csv: is no file of puzzles
 --predict --input photos/a.jpg |
     --input photos/a.jpg: name a checkpoint: --predict CKPT
 --export nowhere.pt --output a.pt2             | nowhere.pt: no such checkpoint
@@ -295,7 +288,7 @@ TINY --run_name stopped --resume other |
 --resume done                                  | --resume done: finished already
 --resume older                                 | has no flags
 --resume --run_name older                      | has no flags
---resume stopped --lr 0.5                      | --lr 0.5: the run has 0.003
+--resume stopped --lr 0.5                      | --lr 0.5: the run has 0.002
 --resume stopped --epochs 9                    | --epochs 9: the run has 10
 --resume stopped --model sudoku_gnn            | --model sudoku_gnn: the run has custom
 --resume stopped --config cpu                  | the run has
@@ -431,12 +424,6 @@ def test_a_start_by_torchrun_that_lacks_something_is_refused(
     refused(flags, words)
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(made, monkeypatch):
-    monkeypatch.chdir(made)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    refused([*TINY, "--run_name", "new"], "runs/new: needs MiB, 0.0 are free; make room")
-
-
 def test_memory_that_runs_out_before_the_run_is_one_line(monkeypatch):
     def full(*arguments):
         raise MemoryError("Unable to allocate 7 GiB for an array")
@@ -557,15 +544,14 @@ def test_no_run_to_go_on_with_is_said():
 
 DEEP = "[" * 900 + "]" * 900
 CONFIGS = {  # what the file holds: the words of its line
-    "": "configs.json:1:1: not JSON",
-    '{"p": {"epochs": 3},\n "q": "a': "configs.json:2:7: not JSON",
-    '{"p": {"epochs": 3,}}': "configs.json:1: not JSON",
-    "\ufeff{}": "configs.json:1:1: not JSON",
+    "": "configs.json: not JSON line 1 column 1",
+    '{"p": {"epochs": 3},\n "q": "a': "configs.json: not JSON line 2 column 7",
+    '{"p": {"epochs": 3,}}': "configs.json: not JSON line 1",
+    "\ufeff{}": "configs.json: not JSON line 1 column 1",
     '{"p": {"epochs": ' + "9" * 5000 + "}}": "configs.json:",
     '{"p": {"epochs": ' + DEEP + "}}": "configs.json:",
-    "[" * 100_000: "configs.json: nested too deep",
-    " " * 2**20 + "{}": "configs.json: over 1,048,576 bytes",
-    b'{"p": "\xff"}': "configs.json: not UTF-8 at byte 7",
+    "[" * 100_000: "configs.json: not JSON recursion",
+    b'{"p": "\xff"}': "configs.json: not JSON in UTF-8 position 7",
     "3": "configs.json: an object of objects",
     '["p"]': "configs.json: an object of objects",
     '{"p": 3}': "configs.json: an object of objects",
@@ -575,11 +561,14 @@ CONFIGS = {  # what the file holds: the words of its line
     '{"p": {}, "q": {"r": {"a": 1, "a": 2}}}': "key 'a' stands twice",
     '{"p": {"model_args": {"width": 3, "width": 4}}}': "key 'width' stands twice",
     '{"' + LONG + '": 1, "' + LONG + '": 2}': "stands twice; remove one",
-    '{"p": {"lr": NaN}}': "NaN is no number",
-    '{"p": {"lr": -Infinity}}': "-Infinity is no number",
+    '{"p": {"lr": NaN}}': "lr: must be a number got 'nan'",
+    '{"p": {"lr": -Infinity}}': "lr: must be a number got '-inf'",
     '{"p": {"lr": 1e999}}': "lr: must be a number",
-    '{"p": {"lr": null}}': "lr must be a flag",
-    '{"p": {"lr": [1]}}': "lr must be a flag",
+    '{"p": {"lr": null}}': "lr: must be a number got 'None'",
+    '{"p": {"lr": [1]}}': "lr: must be a number got '[1]'",
+    '{"p": {"monitor": null}}': "monitor None: is of another type",
+    '{"p": {"monitor": {"a": 1}}}': "monitor {'a': 1}: is of another type",
+    '{"p": {"data=x": 3}}': "'data=x' must be a flag",
     '{"p": {"epoch": 3}}': "epoch did you mean --epochs?",
     '{"p": {"-x": 3}}': "'-x' must be a flag",
     '{"p": {"help": true}}': "help",
@@ -601,14 +590,14 @@ CONFIGS = {  # what the file holds: the words of its line
     r'{"p": {"cache_dir": "a\u0000"}}': "cache_dir: is a name that no file can have",
     '{"p": {"model_args": "widths=1,2"}}': "model_args 'widths=1,2': is of another type",
     '{"p": {"model_args": 3}}': "model_args KEY=VALUE",
-    '{"p": {"model_args": {}}}': "'model_args' must be a flag an object",
-    '{"p": {"model_args": ["widths=3"]}}': "'model_args' must be a flag an object",
-    '{"p": {"model_args": {"widths": []}}}': "'model_args' must be a flag an object",
-    '{"p": {"model_args": {"widths": null}}}': "'model_args' must be a flag an object",
-    '{"p": {"model_args": {"widths": [[1]]}}}': "'model_args' must be a flag an object",
-    '{"p": {"model_args": {"widths": {"a": 1}}}}': "'model_args' must be a flag an object",
-    '{"p": {"model_args": {"dropout": 0.1, "--epochs": 3}, "data": "no"}}': "model_args --epochs",
-    '{"p": {"model_args": {"--evaluate": "x"}}}': "model_args",
+    '{"p": {"model_args": {}}}': "'model_args' must be a flag",
+    '{"p": {"model_args": ["widths=3"]}}': "--model_args is no argument",
+    '{"p": {"model": "custom", "model_args": {"widths": []}}}': "widths: must be got ''",
+    '{"p": {"model": "custom", "model_args": {"widths": null}}}': "widths: must be got 'None'",
+    '{"p": {"model": "custom", "model_args": {"widths": [[1]]}}}': "widths: must be got '[1]'",
+    '{"p": {"model": "custom", "model_args": {"widths": {"a": 1}}}}': "widths: must be got",
+    '{"p": {"model_args": {"dropout": 0.1, "--epochs": 3}, "data": "no"}}': "'model_args' must be",
+    '{"p": {"model_args": {"--evaluate": "x"}}}': "'model_args' must be a flag",
     '{"p": {"model_args": {"width": 3}}}': "model_args 'width': is no argument; there are dropout",
     '{"p": {"model": "custom", "model_args": {"width": 3}}}': "'width': did you mean widths?",
     '{"p": {"model": "custom", "model_args": {"widths": [8, 16]}}}': "widths: 4 integers got",
@@ -617,7 +606,7 @@ CONFIGS = {  # what the file holds: the words of its line
     '{"p": {"scheduler_args": {"pct_start": true}}}': "pct_start: must be a number",
     '{"p": {"scheduler_args": {"pct_start": 7}}}': "pct_start: must be from 0 to 1",
     '{"p": {"scheduler_args": {"patience": 7}}}': "'patience': is no argument; there are pct_start",
-    None: "configs.json: no such file",
+    None: "configs.json: No such file",
     Path: "configs.json: Is a directory",
 }
 
@@ -1057,7 +1046,7 @@ def one_line_or(call):
 
 
 GARBAGE = (
-    *"0 1 2 -1 3 0.5 1e-320 1e308 nan inf -inf 1e999 True true auto adaptive".split(),
+    *"0 1 2 -1 3 0.5 1e-320 1e308 nan inf -inf 1e999 True true auto".split(),
     *"a.npz p.csv nowhere . .. / ~".split(),
     *"~nobody ** [ a.csv runs/x cpu cpu:0 mps cuda:\u00b2 1,2,3 1,2,3,4".split(),
     *"-- - -x --epochs %s {} NaN".split(),
@@ -1082,7 +1071,7 @@ def flag_words(st, values, names=None):
     """Strategy of command lines: real and damaged flags, with fitting and other values."""
     actions = [
         a
-        for a in train.build_parser()._actions
+        for a in train.build_parser()[0]._actions
         if a.dest != "help" and (names is None or a.dest in names)
     ]
     anything = st.one_of(
@@ -1140,7 +1129,7 @@ def test_random_flags_end_in_one_line(examples, throw, st, monkeypatch):
 
 
 SMALL = """
-    0 1 2 3 5 16 24 0.5 0.9 1e-3 1e-320 1e300 auto adaptive True False a.npz p.csv
+    0 1 2 3 5 16 24 0.5 0.9 1e-3 1e-320 1e300 auto True False a.npz p.csv
     widths=8,16,32,48 widths=2,2,2,2 depths=0,0,0 depths=1,2,1 stem_stride=2 stem_stride=4
     whiten=True width=4 hidden=4 pooled=1 free_steps=0 grad_steps=1 message_steps=2 pct_start=0
     pct_start=1 div_factor=1 anneal=linear cycle_momentum=False patience=0 factor=1
@@ -1148,9 +1137,9 @@ SMALL = """
 """.split()
 READ_LATE = """
     data image_size val_fraction max_samples crop_padding flip min_crop_area cutout mixup
-    cutmix val_every seed model_args epochs batch_size accumulation_steps effective_batch
-    clip_grad_norm optimizer lr swa_lr weight_decay momentum ema_decay swa_start_epoch sam_rho
-    freeze_epochs scheduler scheduler_args max_lr warmup_epochs amp channels_last
+    cutmix seed model_args epochs batch_size accumulation_steps effective_batch
+    clip_grad_norm optimizer lr weight_decay momentum ema_decay swa_start_epoch sam_rho
+    scheduler scheduler_args max_lr warmup_epochs amp channels_last
     checkpoint_activations early_stopping monitor focal_gamma label_smoothing
 """.split()
 
@@ -1171,7 +1160,7 @@ def test_random_flags_that_parse_end_in_one_line_or_make_a_run(examples, throw, 
 
 @often(60, 30_000)
 def test_random_presets_end_in_one_line(examples, throw, st, monkeypatch):
-    actions = [action.dest for action in train.build_parser()._actions if action.dest != "help"]
+    actions = [action.dest for action in train.build_parser()[0]._actions if action.dest != "help"]
     texts = st.one_of(st.text(max_size=9), st.sampled_from(GARBAGE))
     scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
     deeper = lambda inner: st.one_of(st.lists(inner), st.dictionaries(texts, inner))

@@ -378,14 +378,6 @@ def test_warmup_rises_by_equal_steps():
         assert [schedule(i, 6, 2.0, 4)[0] for i in range(6)] == expected
 
 
-@pytest.mark.parametrize("anneal", [1, 4, 10])
-def test_the_rate_of_swa_is_torchs(anneal):
-    sgd = one_weight(0.4)
-    theirs = torch.optim.swa_utils.SWALR(sgd, swa_lr=0.05, anneal_epochs=anneal)
-    for i, (lr, _) in enumerate(rates_of(theirs, sgd, 14)):
-        assert train.swa_rate(7 + i, 7, anneal, 0.4, 0.05) == pytest.approx(lr, rel=1e-9)
-
-
 def test_epochs_since_best_counts_gains_over_min_delta_and_never_a_nan():
     assert train.epochs_since_best([0.1, 0.3, 0.2]) == 1
     assert train.epochs_since_best([0.5, 0.505, 0.509], 0.01) == 2
@@ -407,8 +399,7 @@ def test_find_lr_leaves_everything_as_it_was(optimizer):
     assert torch.equal(torch.get_rng_state(), rng)
     assert_same(before, state.to_checkpoint())
     assert rates == sorted(rates) and len(rates) == len(losses) >= 10
-    assert set(found) == {"steepest", "valley", "minimum/10"}
-    assert all(1e-6 <= rate <= 10 for rate in rates)
+    assert found in rates and all(1e-6 <= rate <= 10 for rate in rates)
 
 
 def test_find_lr_restores_after_an_error_and_stops_at_a_nan():
@@ -445,14 +436,12 @@ def test_find_lr_goes_on_after_an_fp16_overflow():
     assert rates[0] == pytest.approx(1e-6) and len(rates) > 50
 
 
-def test_suggestions_on_a_curve_with_known_answers():
+def test_the_valley_of_a_curve_with_a_known_one():
     """Flat, a straight descent over log(rate) from 1e-4 to 1e-1, a rise: the places by hand."""
     logs = [-6 + 7 * i / 99 for i in range(100)]
     loss = lambda x: 2.0 if x < -4 else 2 - (x + 4) / 3 if x <= -1 else 2 + x
-    found = train.suggest_lr([10**x for x in logs], [loss(x) for x in logs])
-    assert 1e-4 < found["steepest"] < 1e-1
-    assert math.log10(found["valley"]) == pytest.approx(-2, abs=0.15)
-    assert math.log10(found["minimum/10"]) == pytest.approx(-2, abs=0.1)
+    found = train.valley([10**x for x in logs], [loss(x) for x in logs])
+    assert math.log10(found) == pytest.approx(-2, abs=0.15)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -495,20 +484,7 @@ def test_evaluation_prepares_its_inputs_and_averages_their_views():
     assert found["loss"] == pytest.approx(expected, abs=1e-12)
 
 
-# -------------------------------------------------------------------------- freezing and mixing
-
-
-def test_freezing_trains_the_head_alone_and_holds_the_backbones_statistics():
-    state, window = make_state(torch.float32, "adamw", norm=True), make_window([6], torch.float32)
-    before = copy.deepcopy(state.model.state_dict())
-    train.freeze(state, True)
-    step(state, window)
-    after = state.model.state_dict()
-    assert {k for k in before if not torch.equal(before[k], after[k])} == {"4.weight", "4.bias"}
-    train.freeze(state, False)
-    step(state, window)
-    assert all(p.requires_grad for p in state.parameters) and state.model.training
-    assert not any(torch.equal(before[k], v) for k, v in state.model.state_dict().items())
+# --------------------------------------------------------------------------------------- mixing
 
 
 def test_training_accuracy_on_soft_targets_is_the_share_of_what_was_chosen():

@@ -368,7 +368,6 @@ def older(inner):
 VARIANTS = {  # run: more flags
     "whole": "",
     "averaged": "--swa_start_epoch 1 --sam_rho 0.1 --mixup 0.3",
-    "frozen": "--freeze_epochs 1",
     "compiled": "--compile",
 }
 STOPPED = {  # run: the process that gets a signal; before which call; where the run stops; its step
@@ -407,7 +406,7 @@ def begun_jobs():
     jobs["bad"] = partial(main, few, 1, "train.augment_images", poisoned)
     never = "--epochs 9 --early_stopping 1 --min_delta 1"
     jobs["impatient"] = partial(main, f"{TWO} impatient {never}")
-    auto = "--lr auto --batch_size auto --effective_batch 24"
+    auto = "--batch_size auto --effective_batch 24"
     jobs["chosen"] = partial(main, f"{TINY} --run_name chosen {auto}")
     sweep = "--find_lr --max_samples 24 --batch_size 24 --output curve.csv"  # one batch for two
     jobs["swept"] = partial(main, f"{TINY} {sweep}")

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,7 +178,7 @@ def plain(tmp_path_factory):
     return in_folder(tmp_path_factory.mktemp("plain"), lambda patch: run(preset=ONE))[0]["model"]
 
 
-AUTO = "--ema_decay 0.9 --optimizer sgd --batch_size auto --effective_batch 30 --lr auto"
+AUTO = "--ema_decay 0.9 --optimizer sgd --batch_size auto --effective_batch 30"
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +186,7 @@ def cut_run(tmp_path_factory):
     """The folder of a run that was stopped after its first step, with much left to settle."""
     folder = tmp_path_factory.mktemp("cut")
     flags = f"{AUTO} --epochs 2"
-    # after the 100 steps of the sweep
-    in_folder(folder, lambda patch: run_stopped(patch, 101, flags, "cut", SMALL))
+    in_folder(folder, lambda patch: run_stopped(patch, 1, flags, "cut", SMALL))
     return folder / "runs" / "cut"
 
 
@@ -207,9 +207,9 @@ def cut(cut_run):
         "--optimizer sgd --scheduler plateau --scheduler_args patience=0 --amp bf16",
         "--amp fp16 --scheduler cosine --warmup_epochs 0.5",
         "--optimizer muon --model_args widths=24,16,32,48 depths=1,0,1 whiten=True "
-        "--checkpoint_activations --val_every 2",
-        "--swa_start_epoch 1 --swa_lr 0.01 --ema_decay 0.9 --sam_rho 0.1 --mixup 0.3 --cutmix 1",
-        "--freeze_epochs 1 --focal_gamma 2 --swa_start_epoch 2 --optimizer sgd",
+        "--checkpoint_activations",
+        "--swa_start_epoch 1 --ema_decay 0.9 --sam_rho 0.1 --mixup 0.3 --cutmix 1",
+        "--focal_gamma 2 --swa_start_epoch 2 --optimizer sgd",
     ],
 )
 def test_a_run_resumed_from_any_save_is_the_run_that_was_never_stopped(monkeypatch, flags):
@@ -231,7 +231,7 @@ def test_dropout_and_stochastic_depth_are_drawn_again_on_resume(monkeypatch):
 def test_the_comparison_of_runs_sees_another_seed_and_another_flag(finished):
     whole, flags = finished[1], "--ema_decay 0.9 --swa_start_epoch 1"
     assert same_outcome(whole, run(flags, "again"))
-    for other in ("--seed 1", "--lr 0.0030001"):
+    for other in ("--seed 1", "--lr 0.0020001"):
         assert not same_outcome(whole, run(f"{flags} {other}", f"other{other.split()[1]}")), other
 
 
@@ -311,7 +311,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(monkeypatch
 
 # --------------------------------------------------------------------------- signals in every phase
 
-EVERYWHERE = "--ema_decay 0.9 --swa_start_epoch 1 --swa_lr 0.01"
+EVERYWHERE = "--ema_decay 0.9 --swa_start_epoch 1"
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_a_signal_in_any_phase_saves_and_the_run_goes_on_bitwise(
 @pytest.mark.parametrize(
     "owner, name, n, flags",
     [(train, "load_source", 1, "--run_name run"),
-     (train, "train_step", 5, "--lr auto --run_name run"), (train, "train_step", 5, "--find_lr")],
+     (train, "train_step", 5, "--find_lr")],
 )  # fmt: skip
 def test_a_signal_before_there_is_a_run_leaves_nothing(
     monkeypatch, capsys, number, owner, name, n, flags
@@ -373,8 +373,8 @@ def merged(words):
 def test_what_was_asked_and_what_was_settled_are_accepted_on_resume(cut):
     flags = utils.load_checkpoint(cut / "last.pt")["flags"]
     asked, settled = flags["asked"], flags["settled"]
-    assert (asked["lr"], asked["batch_size"]) == ("auto", "auto") and "monitor" not in asked
-    assert settled["batch_size"] == 30 and 1e-6 < settled["lr"] < 10
+    assert asked["batch_size"] == "auto" and "monitor" not in asked
+    assert settled["batch_size"] == 30 and settled["lr"] == 0.1
     assert settled["monitor"] == "ema_accuracy" and settled["accumulation_steps"] == 1
     for words in (
         "", f"{SMALL} {AUTO} --epochs 2", f"--lr {settled['lr']!r} --batch_size 30",
@@ -575,7 +575,7 @@ def test_evaluation_without_a_test_split_keeps_to_the_runs_own_validation_images
         "--scheduler_args cycle_momentum=False", "--scheduler_args anneal=linear --epochs 3",
         "--batch_size 8", "--accumulation_steps 1", "--max_samples 50", "--amp bf16",
         "--image_size 32", "--mixup 0.3", "--cutmix 1", "--sam_rho 0.1", "--focal_gamma 2",
-        "--freeze_epochs 1", "--swa_start_epoch 1 --swa_lr 0.1", "--model_args widths=8,16,32,64",
+        "--model_args widths=8,16,32,64",
     ],
 )  # fmt: skip
 def test_a_flag_changes_the_weights(plain, flags):
@@ -587,7 +587,7 @@ def test_a_flag_changes_the_weights(plain, flags):
 
 
 @pytest.mark.parametrize("flags", [
-    "--cutout 0 --scheduler_args pct_start=0.3 --seed 0 --lr 0.003 --optimizer adamw --flip True",
+    "--cutout 0 --scheduler_args pct_start=0.3 --seed 0 --lr 0.002 --optimizer adamw --flip True",
     "--workers 0 --save_every 1 --cache_dir c --quiet --timeout 60 --memory_gb 4 --device cpu",
     "--workers 2", "--swa_start_epoch 1 --ema_decay 0.9 --checkpoint_activations",
 ])  # fmt: skip
@@ -631,32 +631,6 @@ def test_plateau_cuts_the_rate_by_its_factor_after_its_patience():
 def test_early_stopping_waits_its_patience_and_ends_with_status_0():
     last, rows, log = run("--early_stopping 1 --min_delta 10 --epochs 9")
     assert len(rows) == 2 and last["finished"] and "early stopping" in log
-
-
-def test_patience_counts_validations():
-    rows = run("--epochs 12 --val_every 3 --early_stopping 2 --lr 1e-30 --min_delta 1")[1]
-    assert len(rows) == 9  # of the validations after epochs 3, 6 and 9 the first is a gain
-
-
-def test_validation_every_n_epochs_and_always_after_the_last():
-    _, rows, _ = run("--epochs 5 --val_every 2 --ema_decay 0.9")
-    for name in ("val_loss", "ema_accuracy"):
-        assert [bool(row[name]) for row in rows] == [False, True, False, True, True]
-    assert utils.load_checkpoint("runs/run/best.pt")["epoch"] in (2, 4, 5)
-
-
-def test_adaptive_validation_becomes_rarer():
-    task = train.Task(loss=lambda outputs, targets: outputs.sum())
-    split = SimpleNamespace(splits={"val": range(4)})
-    args = SimpleNamespace(val_every="adaptive", epochs=40, swa_start_epoch=0, batch_size=2)
-    begun = SimpleNamespace(args=args, task=task, source=split, fetch={"val": lambda pieces: []},
-                            stop=[], dtype=torch.float32)  # fmt: skip
-    due = []
-    for epoch in range(1, 41):
-        state = SimpleNamespace(model=torch.nn.Linear(1, 1), totals=torch.zeros(2, 1), step=0,
-                                epoch=epoch - 1, ema=None, swa=None, micro_batch=None)  # fmt: skip
-        due += [epoch] * ("val_loss" in train.validate(state, begun))
-    assert due == [*range(1, 11), *range(12, 31, 2), 33, 36, 39, 40]
 
 
 def test_monitor_decides_what_is_best():
@@ -778,7 +752,7 @@ def test_pretrained_weights_of_a_run_bring_their_statistics_which_a_resumed_run_
     np.savez("dark.npz", **dark(3))
     run("--data dark.npz", "first", ONE)
     first = utils.load_checkpoint("runs/first/best.pt")["meta"]
-    run_stopped(monkeypatch, 1, "--pretrained runs/first/best.pt --freeze_epochs 1", "second")
+    run_stopped(monkeypatch, 1, "--pretrained runs/first/best.pt", "second")
     shutil.rmtree("runs/first")
     assert attempt("--resume second") == 0
     found = utils.load_checkpoint("runs/second/best.pt")
@@ -802,19 +776,15 @@ def test_checkpoints_of_the_versions_before_are_weights_to_start_from(finished):
     assert attempt("--evaluate old.pt") == 0
 
 
-def test_find_lr_prints_suggestions_and_writes_the_curve_and_auto_takes_the_valley(capsys):
+def test_find_lr_names_a_rate_and_writes_the_curve(capsys):
     assert attempt(f"{FEW} --find_lr --output curve.csv") == 0
     out = capsys.readouterr().out
-    assert all(rule in out for rule in ("steepest", "valley", "minimum/10"))
     rows = Path("curve.csv").read_text().splitlines()
     assert rows[0] == "lr,loss" and len(rows) > 11 and not Path("runs").exists()
+    rate = re.search(r"try --lr (\S+)", out)[1]
+    assert rate in [f"{float(row.split(',')[0]):.2e}" for row in rows[1:]]
     drawn = utils.importlib.util.find_spec("matplotlib") is not None
     assert Path("curve.png").exists() == drawn
-    auto, _, log = run("--lr auto", "auto", FEW)
-    lr = auto["flags"]["settled"]["lr"]
-    assert f"would take the valley: --lr {lr:.2e}" in out and f"--lr {lr:.2e}" in log
-    given = run(f"--lr {lr!r}", "given", FEW)[0]
-    assert same(auto["model"], given["model"]) and same(auto["optimizer"], given["optimizer"])
 
 
 def test_a_sweep_that_diverges_leaves_no_folder(monkeypatch, capsys):
@@ -822,7 +792,7 @@ def test_a_sweep_that_diverges_leaves_no_folder(monkeypatch, capsys):
         raise ValueError("--find_lr: the loss diverged")
 
     monkeypatch.setattr(train, "find_lr", diverging)
-    assert "diverged" in refused(f"{TINY} --run_name run --lr auto --quiet", capsys)
+    assert "diverged" in refused(f"{TINY} --find_lr --quiet", capsys)
 
 
 def test_whitening_makes_patches_white_and_the_stem_stays():
@@ -909,9 +879,9 @@ def test_arguments_of_the_preset_stay_where_a_flag_names_others():
     assert args.scheduler_args == {**preset, "anneal": "cos"}
 
 
-def test_a_presets_samples_a_step_are_kept_by_auto():
+def test_a_presets_accumulation_gives_way_to_an_effective_batch():
     args, given = train.parse_flags("--config custom_4gb --batch_size auto".split())
-    assert args.effective_batch == 256 and "accumulation_steps" not in given
+    assert args.batch_size == "auto" and "accumulation_steps" not in given
     words = "--config custom_4gb --batch_size 8 --effective_batch 24"
     args, given = train.parse_flags(words.split())
     assert args.effective_batch == 24 and "accumulation_steps" not in given
@@ -925,7 +895,7 @@ BAD_FLAGS = {
     "--epochs 1.5": "--epochs: must be an integer",
     "--batch_size -3": "--batch_size: must be",
     "--accumulation_steps 0": "--accumulation_steps: must be",
-    "--lr nan": "--lr: must be a number above 0 or auto, got 'nan'",
+    "--lr nan": "--lr: must be a number above 0, got 'nan'",
     "--lr inf": "--lr: must be",
     "--lr 0": "--lr: must be",
     "--lr -1": "--lr: must be",
@@ -938,7 +908,6 @@ BAD_FLAGS = {
     "--workers 1000": "--workers: must be",
     "--run_name ../x": "--run_name: must be",
     "--run_name a/b": "--run_name: must be",
-    "--run_name CON": "reserved name",
     "--run_name " + "x" * 65: "1 to 64",
     "CUSTOM --batch_size 61": "there are 60 training samples",
     "--device cuda:99": "--device cuda:99",
@@ -959,7 +928,6 @@ BAD_FLAGS = {
     "--scheduler_args patience=2": "'patience': is no argument",
     "--scheduler plateau --scheduler_args patience=x": "patience: must be an integer",
     "--tta": "--tta: needs --evaluate or --predict",
-    "--swa_lr 0.1": "--swa_lr: needs --swa_start_epoch",
     "CUSTOM --effective_batch 24": "must be a multiple of --batch_size 16",
     "CUSTOM --effective_batch 9999999999": "--effective_batch 9999999999: there are 60 samples",
     "CUSTOM --batch_size auto --effective_batch 61": "no batch divides it",
@@ -968,7 +936,6 @@ BAD_FLAGS = {
     "CUSTOM --batch_size auto --memory_gb 0.001": "no batch divides it and fits in memory",
     "--compile --checkpoint_activations": "--checkpoint_activations: does not go with --compile",
     "--batch_size few": "must be an integer at least 1 or auto",
-    "--val_every 0": "must be an integer at least 1 or adaptive",
     "--memory_gb 0": "must be a number above 0",
     "--resume nothing": "no such run",
     "--resume": "no unfinished run with a checkpoint",
@@ -1005,28 +972,28 @@ def test_an_empty_run_name_and_control_characters_are_escaped(capsys):
 
 
 BAD_CONFIGS = {
-    '{"p": {"epochs": 3,}}': "configs.json:1:",
+    '{"p": {"epochs": 3,}}': "configs.json: not JSON",
     '{"p": {"epochs": 3, "epochs": 4}}': "key 'epochs' stands twice",
     '{"p": {"epoch": 3}}': "did you mean --epochs?",
     '{"p": {"epochs": true}}': "epochs: must be an integer at least 1, got 'True'",
     '{"p": {"epochs": "3"}}': "epochs '3': is no flag for a preset, or of another type",
     '{"p": {"epochs": 2.5}}': "epochs: must be an integer",
-    '{"p": {"lr": NaN}}': "NaN is no number",
-    '{"p": {"lr": Infinity}}': "Infinity is no number",
+    '{"p": {"lr": NaN}}': "lr: must be a number",
+    '{"p": {"lr": Infinity}}': "lr: must be a number",
     '{"p": {"lr": 1e999}}': "lr: must be a number",
-    '{"p": {"lr": null}}': "'lr' must be a flag, and its value",
-    '{"p": {"lr": [1]}}': "'lr' must be a flag, and its value",
+    '{"p": {"lr": null}}': "lr: must be a number",
+    '{"p": {"lr": [1]}}': "lr: must be a number",
     '{"p": {"model": "resnet"}}': "model: invalid choice",
     '{"p": {"model": 3}}': "model: invalid choice",
     '{"p": {"run_name": "../x"}}': "run_name: must be",
     '{"p": {"resume": "x"}}': "resume 'x': is no flag for a preset",
-    '{"p": {"model_args": {"widths": [[1]]}}}': "'model_args' must be a flag, and its value",
+    '{"p": {"model": "custom", "model_args": {"widths": [[1]]}}}': "widths: must be",
     '{"p": {"model": "custom", "model_args": {"width": 3}}}': "did you mean widths?",
     '["p"]': "must be an object of objects",
     '{"q": {}}': "there are q",
-    "[" * 100_000: "nested too deep",
-    b'{"p": "\xff"}': "not UTF-8 at byte 7",
-    None: "no such file",
+    "[" * 100_000: "recursion",
+    b'{"p": "\xff"}': "position 7",
+    None: "No such file",
 }
 
 
@@ -1135,11 +1102,11 @@ def test_validation_keeps_to_the_micro_batch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "free, expected", [(1000, 24), (200, 12), (199, 8), (0, None)]  # 0.8 free >= 50 + 10 (size - 1)
+    "free, expected", [(1000, 24), (213, 12), (212, 8), (0, None)]  # 0.8 free >= 50 + 10 size
 )
 def test_batch_size_auto_is_the_largest_divisor_by_the_estimate(free, expected):
     args = SimpleNamespace(effective_batch=24, batch_size="auto", accumulation_steps=1)
-    memory = {"weights": 30, "once": 20 - 10 / 1.1, "sample": 10 / 1.1}
+    memory = {"weights": 30, "once": 20, "sample": 10 / 1.1}
     if expected is None:
         with pytest.raises(ValueError, match="no batch divides it"):
             train.settle_batch(args, 60, memory, free)

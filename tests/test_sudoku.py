@@ -698,7 +698,7 @@ def test_the_best_of_a_run_evaluates_alone(here):
     assert found["split"] == "val" and found["samples"] == 12
     every = evaluate("runs/whole/best.pt --data p.csv")
     assert every["samples"] == 60 and set(utils.SUDOKU_METRICS) <= set(every)
-    assert every["latency_ms"] > 0 and every["samples_per_second"] > 0
+    assert every["samples_per_second"] > 0
     fewer = evaluate("runs/whole/best.pt --data p.csv --model_args message_steps=1")
     assert fewer["loss"] != every["loss"]
 
@@ -773,8 +773,8 @@ def test_search_finishes_what_the_network_does_not_and_names_the_rest(here, caps
 
 CALL_FAULTS = {
     "--predict": "--predict: needs --input",
-    "--predict --input none.sdk": "no such file of puzzles",
-    "--predict --input two.sdm p.csv": "is not one file of puzzles",
+    "--predict --input none.sdk": "is no file of puzzles",
+    "--predict --input two.sdm p.csv": "is no file of puzzles",
     "--predict --input bad.sdk": "bad.sdk: line 1: a row is nine cells",
     "--predict --input two.sdm --output a.sdk": "an .sdk file holds one board",
     "--predict --input two.sdm --output a.txt": "a.txt",
@@ -787,7 +787,7 @@ CALL_FAULTS = {
     "--predict --input two.sdm --model_args message_steps=0": "message_steps: must be an integer",
     "--evaluate runs/whole/best.pt --data two.sdm": "has no solutions",
     f"{SMALL} --data two.sdm": "has no solutions",
-    f"{SMALL} --data=": "no such file or folder",
+    f"{SMALL} --data=": "is empty; give a path",
     f"{SMALL} --data nowhere.csv": "no such file or folder",
     f"{SMALL} --cutout 4": "--cutout: is for pictures",
     f"{SMALL} --pretrained a.pt": "--pretrained: is for pictures",

@@ -187,14 +187,13 @@ def test_checkpoints_are_scored_side_by_side_and_written(finished, monkeypatch, 
     assert f"highest accuracy: {top['checkpoint']}" in text
     assert np.array(found[0]["confusion_matrix"]).sum() == 60
     assert found[0]["per_class"][0]["class"] == "bars"
-    assert 0 < found[0]["latency_ms"] <= found[0]["latency_p95_ms"]
+    assert found[0]["samples_per_second"] > 0
     assert shown["heading"].startswith(f"{top['checkpoint']} on test")
     assert len(shown["images"]) == len(shown["titles"]) > 5
     assert all("taken for" in title for title in shown["titles"])
     for kind in ("confusion", "reliability", "mistakes"):
         assert Path(f"all-{kind}.png").read_bytes().startswith(PNG), kind
-    scored = [({**row, "latency_ms": 1.0, "latency_p95_ms": 1.0}, train.Task(sum, metrics=("accuracy",)), None)
-              for row in found]
+    scored = [(row, train.Task(sum, metrics=("accuracy",)), None) for row in found]
     monkeypatch.setattr(train, "score", lambda path, *_: scored[paths.index(str(path))])
     assert main(["--evaluate", *paths, "--output", "all.csv"]) == 0
     rows = read_csv("all.csv")
@@ -383,13 +382,8 @@ USE_FAULTS = {
     "--export NET --output a.pt2 --tta": "--tta: does not go with --export",
     "--input photos": "--input: needs --predict",
     "--tta": "--tta: needs --evaluate or --predict",
-    "--swa_lr 0.1": "--swa_lr: needs --swa_start_epoch",
     "--swa_start_epoch 4 --epochs 3": "--swa_start_epoch 4: must be at most --epochs 3",
-    "--freeze_epochs 4 --epochs 3": "--freeze_epochs 4: must be at most --epochs 3",
-    "--swa_start_epoch 2 --freeze_epochs 2": "--swa_start_epoch 2: must be above --freeze_epochs",
-    "--freeze_epochs 1 --lr auto": "--freeze_epochs: the range test trains the whole network",
     "--model sudoku_gnn --mixup 0.2": "--mixup: is for pictures",
-    "--model sudoku_gnn --freeze_epochs 1": "--freeze_epochs: is for pictures",
     "--mixup nan": "--mixup: must be a number at least 0 and at most 100",
     "--cutmix 1e9": "--cutmix: must be a number at least 0 and at most 100",
     "--sam_rho -1": "--sam_rho: must be a number at least 0",
@@ -518,7 +512,7 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_the_training_data(monk
         save(path, content)
 
     monkeypatch.setattr(utils, "save_checkpoint", keep)
-    flags = "--epochs 4 --swa_start_epoch 2 --swa_lr 0.01 --ema_decay 0.9 --monitor swa_loss"
+    flags = "--epochs 4 --swa_start_epoch 2 --ema_decay 0.9 --monitor swa_loss"
     last, rows, log = run(flags)
     averaged = utils.load_checkpoint("runs/run/swa.pt")["model"]
     assert len(ends) == 4 and last["swa"]["n_averaged"] == 3
@@ -527,10 +521,6 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_the_training_data(monk
             assert torch.allclose(tensor, sum(end[name] for end in ends[1:]) / 3, atol=1e-6), name
     assert [bool(row["swa_accuracy"]) for row in rows] == [False, True, True, True]
     assert "swa loss" in log
-    # two steps an epoch; the last one of the first epoch is before SWA's rate
-    plain = train.onecycle(1, 8, 0.003)[0]
-    expected = [plain, *(train.swa_rate(step, 2, 2, plain, 0.01) for step in (3, 5, 7))]
-    assert [float(row["lr"]) for row in rows] == pytest.approx(expected) and expected[2] == 0.01
     for name, weights in (("swa", averaged), ("val", last["model"])):
         assert float(rows[3][f"{name}_loss"]) == pytest.approx(val_loss(weights), rel=1e-4)
     losses = [float(row["swa_loss"]) for row in rows[1:]]  # best.pt goes by the averaged weights
@@ -561,15 +551,6 @@ def test_averaged_statistics_do_not_depend_on_the_loader(small_b0):
     assert same(found[0]["swa"], found[1]["swa"]) and same(found[0]["model"], found[1]["model"])
 
 
-def test_the_backbone_stays_while_it_is_frozen():
-    start = prepared()[0].model.state_dict()
-    frozen = run("--freeze_epochs 2 --weight_decay 0.5", "frozen")[0]["model"]
-    moved = {name for name in start if not torch.equal(start[name], frozen[name])}
-    assert moved == {"head.weight", "head.bias"}
-    half = run("--freeze_epochs 1", "half")[0]["model"]
-    assert all(not torch.equal(start[name], half[name]) for name in start if "running" in name)
-
-
 # --------------------------------------------------------------------------------- watching a run
 
 
@@ -585,7 +566,7 @@ def test_tensorboard_gets_scalars_rates_and_norms(monkeypatch):
     assert scalars <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("step_gradient_norm")] == [1, 2, 3, 4]
     rates = [event.value for event in events.Scalars("step_lr")]
-    assert rates == pytest.approx([train.onecycle(step, 4, 0.003)[0] for step in range(4)])
+    assert rates == pytest.approx([train.onecycle(step, 4, 0.002)[0] for step in range(4)])
     assert float(tracked[1][1]["gradient_norm"]) > 0
 
 
@@ -652,14 +633,14 @@ def test_the_bar_says_what_is_left():
     (86, (32, 2, 10), (16, 1, 34)),
     (640, (64, 4, 10), (32, 1, 10)),
     (33, (16, 1, 10), (16, 1, 100)),  # two steps: a last batch of one joins the one before
-    (200, (20, 1, 10), (20, 1, 20)),  # never below 16 a step
+    (200, (20, 1, 10), (16, 1, 16)),  # never below 16 a step
     (50_000, (64, 2, 10), (64, 2, 10)),
     (30, (4, 2, 1), (4, 2, 50)),
 ])
 def test_small_sets_get_enough_steps(samples, flags, settled):
     names = "batch_size", "accumulation_steps", "epochs"
     args = train.argparse.Namespace(**dict(zip(names, flags)), min_steps=200)
-    notes = train.fit_steps(args, samples)
+    notes = [*train.fit_steps(args, samples)]
     assert tuple(getattr(args, name) for name in names) == settled
     assert bool(notes) == (flags != settled)
     batches = len(data.chunks(torch.zeros(samples), args.batch_size))
@@ -710,10 +691,6 @@ def test_a_run_on_own_pictures_says_what_it_found_and_what_to_do(capsys):
     assert "these samples chose the checkpoint" in capsys.readouterr().out
     found = json.loads(Path("a.json").read_text())
     assert (found["split"], found["samples"]) == ("val", 5) and "top5_accuracy" not in found
-    shutil.copytree("photos", "moved")  # the training data at another path: only what was set aside
-    assert main("--evaluate p --data moved --output b.json") == 0
-    found = json.loads(Path("b.json").read_text())
-    assert (found["split"], found["samples"]) == ("val", 5)
     shutil.copytree("photos", "other")
     Path("other/ant/0.png").unlink()
     assert main("--evaluate p --data other --output b.json") == 0
