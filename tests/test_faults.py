@@ -580,7 +580,7 @@ def test_a_run_that_was_killed_before_its_first_step_begins_again_or_goes_on(
 PHASES = {
     "writing": (utils, "write_atomic"), "SWA's statistics": (train, "update_bn"),
     "decoding": (data, "decode_cached"), "validation": (train, "sum_totals"),
-    "the sweep or a step": (train, "train_step"), "a step": (train.models, "set_rates"),
+    "a step": (train, "train_step"), "between steps": (train.models, "set_rates"),
     "starting": (utils, "set_up_device"),
 }  # fmt: skip
 
@@ -597,7 +597,7 @@ def attempt_until(phase, n, delay, flags):
     "kills, epochs, size", [(2, 2, 30), pytest.param(42, 6, 800, marks=pytest.mark.slow)]
 )
 def test_runs_killed_at_random_moments_go_on_bitwise(kills, epochs, size):
-    """They decode, sweep rates, train, save each step, average weights and validate.
+    """They decode, train, save each step, average weights and validate.
 
     The same command line then begins a killed run again or goes on with it.
     """
