@@ -127,7 +127,7 @@ def existing(source, wanted):
     """Return the path of the file or folder named by --data; ValueError if there is none."""
     path = Path(os.path.expanduser(source))  # unlike Path.expanduser it accepts unknown users
     require(source and path.exists(),
-            f"--data {source}: no such file or folder; give {wanted}, or leave the flag out")
+            f"--data {source}: no such file or folder; give --data PATH with {wanted}")
     require(path.is_file() or path.is_dir(),
             f"--data {source}: is neither a file nor a folder; give one of them")
     return path
@@ -582,7 +582,7 @@ def decode_pictures(paths, size, channels=3, batch_size=64):
         try:
             return decode_image(path, size)
         except ValueError as error:
-            return error
+            return ValueError(str(error))  # its cause would keep the whole picture in memory
 
     import_pillow()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without Python's lock
@@ -624,7 +624,7 @@ def decode_cached(paths, root, size, cache_dir):
     key = mix(str(root.resolve()), entries, size, "centre square, bicubic, 1")
     target, shape = cache_dir / f"{key:x}.npy", (len(paths), size, size, 3)
     if not target.exists():
-        broken, batch_size = [], 2**23 // size**2 + 1  # 25 MB at once
+        broken, batch_size = [], max(2**23 // size**2, os.cpu_count())  # 25 MB at once
         # written as a file, since a full disk under a memory map would kill the process
         with new_file(target, math.prod(shape)) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}

@@ -3,7 +3,7 @@
     python train.py --model efficientnet_b0 --accumulation_steps 2 --clip_grad_norm 1.0
     python train.py --model custom --data photos/ --ema_decay 0.999    # a folder of class folders
     python train.py --config cifar10 --data cifar10/                   # a preset of configs.json
-    python train.py --resume                                           # the last run, from its last save
+    python train.py --resume                                           # the last unfinished run
     python train.py --find_lr                                          # a learning-rate range test
     python train.py --evaluate runs/NAME/best.pt runs/NAME/ema.pt      # side by side on the test split
     python train.py --predict runs/NAME/best.pt --input photos/new/    # classes of pictures
@@ -104,7 +104,7 @@ def build_parser():
             ("epochs", positive, 10, "passes over the training split"),
             ("batch_size", num(int, 1, word="auto"), 16, "samples at once; auto: what fits in memory"),
             ("lr", above_0, None, "peak learning rate; default: by optimizer"),
-            ("device", str, "auto", "device to train on: auto, cuda, cuda:N, mps or cpu"),
+            ("device", str, "auto", "auto, cuda, cuda:N, mps or cpu"),
             ("run_name", utils.run_name, None, "name of the run's folder under runs/; else model and time"),
             ("resume", lambda text: text and path(text), None,
              "name of the run to go on with; the flag alone: the last unfinished"),
@@ -216,7 +216,9 @@ def parse_flags(argv):
     if flags.keys() & {"epochs", "batch_size", "accumulation_steps", "effective_batch"}:
         preset.pop("min_steps", None)  # what the user asks for is not changed
     if "effective_batch" in flags or flags.get("batch_size") == "auto":
-        preset.pop("accumulation_steps", None)  # it follows from the effective batch
+        steps = preset.pop("accumulation_steps", 1)  # the samples of a step stay the preset's
+        if preset.get("batch_size", "auto") != "auto":
+            preset["effective_batch"] = steps * preset["batch_size"]
     for key in {"model_args", "scheduler_args"} & flags.keys():
         flags[key] = preset.get(key, []) + flags[key]  # the last value of a KEY counts
     given = {**preset, **flags}
@@ -872,8 +874,7 @@ def close_epoch(state, run, row):
     save(state, run)
     for track in run.trackers:
         track(state.step, {name: value for name, value in row.items() if name != "step"})
-    best = since_best == 0
-    run.log(utils.epoch_line(row, task.metrics[0], task.unit, args.epochs, best))
+    run.log(utils.epoch_line(row, task.metrics[0], task.unit, args.epochs, since_best == 0))
     if impatient and state.epoch < args.epochs:
         run.log(f"early stopping: {args.monitor} has not improved for {args.early_stopping} epochs")
 
@@ -996,13 +997,13 @@ def run_find_lr(state, run):
                           sam_rho=args.sam_rho)
 
     with utils.progress_bar("find_lr", 100, "step", args.quiet) as bar:
-        rates, losses, best = find_lr(state, partial(next, endless()), step)
-    run.log(f"find_lr    the loss falls well at rates up to {best:.2e}: try --lr {best:.2e}")
+        tried, losses, best = find_lr(state, partial(next, endless()), step)
+    run.log(f"find_lr    suggested: --lr {best:.2e}, the valley of the loss over the rate")
     if utils.world()[0] == 0:
         path = Path(args.output or RUNS / f"{run.folder.name}-find_lr.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
-        utils.write_csv(path, [{"lr": lr, "loss": loss} for lr, loss in zip(rates, losses)])
-        drawn = utils.save_curve(path.with_suffix(".png"), rates, losses, {"suggested": best})
+        utils.write_csv(path, [{"lr": lr, "loss": loss} for lr, loss in zip(tried, losses)])
+        drawn = utils.save_curve(path.with_suffix(".png"), tried, losses, {"suggested": best})
         run.log(f"curve      {path}, as a picture {'beside it' if drawn else 'with matplotlib'}")
     return 0
 
@@ -1049,10 +1050,6 @@ def prepare_images(meta, memory_format, images):
     return x.contiguous(memory_format=memory_format)
 
 
-def full_path(text):
-    return str(Path(os.path.expanduser(text)).resolve())
-
-
 def load_source(args):
     """The `data.Data` that the flags name."""
     common = args.val_fraction, args.max_samples, args.seed, args.cache_dir
@@ -1073,7 +1070,7 @@ def prepare(args, saved=None):
         args.device, args.amp, args.channels_last, args.deterministic, args.memory_gb)
     with utils.first_process_first(os.environ.get("LOCAL_RANK", "0") == "0"):  # fills the cache
         source = load_source(args)
-    hints = [*fit_steps(args, len(source.splits["train"]))] if args.min_steps and not saved else []
+    hints = fit_steps(args, len(source.splits["train"])) if args.min_steps and not saved else []
     settle(args, source)
     weights, origin = starting_weights(args, saved)
     meta = describe_model(args, source, origin)
@@ -1094,7 +1091,7 @@ def prepare(args, saved=None):
         memory = models.estimate_memory(model, inputs(4), models.MOMENTS[args.optimizer], copies)
     settle_batch(args, samples, memory, free_memory(args, device))
     size, steps = args.batch_size, args.accumulation_steps
-    run = Run(args, task, device, dtype, source, meta, fetch, steps_per_epoch(args, samples))
+    run = Run(args, task, device, dtype, source, meta, fetch, count_steps(args, samples))
     if args.compile != "off":
         with autocast(device, dtype):
             state.forward, note = models.compile_model(model, inputs(size), args.compile)
@@ -1168,24 +1165,24 @@ def find_hints(args, source, meta):
         yield "few images for efficientnet_b0 from scratch: try --config finetune; offline --model custom"
 
 
-def steps_per_epoch(args, samples):
+def count_steps(args, samples):
+    """The steps of an epoch of so many samples."""
     batches = len(data.chunks(torch.zeros(samples), args.batch_size))
     return -(-batches // (args.accumulation_steps * utils.world()[1]))
 
 
 def fit_steps(args, samples):
     """Mutates `args` until a run has `min_steps`: 20 an epoch or more, by smaller batches, then by
-    more epochs. Below 16 images a step, fine-tuning gets worse. Yields what changed, for the log."""
+    more epochs. Below 16 images a step, fine-tuning gets worse. Notes for the log on what changed."""
     ranks = utils.world()[1]
-    most = max(16, samples // 20, 2 * ranks) // ranks
+    most = max(-(-16 // ranks), samples // 20 // ranks, 2)
     before = args.batch_size, args.accumulation_steps, args.epochs
     args.batch_size = min(args.batch_size, most)
     args.accumulation_steps = min(args.accumulation_steps, most // args.batch_size)
-    args.epochs = max(args.epochs, -(-args.min_steps // steps_per_epoch(args, samples)))
+    args.epochs = max(args.epochs, -(-args.min_steps // count_steps(args, samples)))
     now = args.batch_size, args.accumulation_steps, args.epochs
-    if now != before:
-        text = "few samples, so {} x {} a step for {} epochs in place of {} x {} for {}"
-        yield text.format(*now, *before)
+    text = "for {} steps: {} x {} a step and {} epochs, in place of {} x {} and {}"
+    return [text.format(args.min_steps, *now, *before)] if now != before else []
 
 
 def starting_weights(args, saved):
@@ -1219,8 +1216,9 @@ def describe_model(args, source, origin):
         "mean": list(mean), "std": list(std),
         "class_counts": counts,
         "fingerprint": source.fingerprint(),
-        "source": {"data": args.data and full_path(args.data), "val_fraction": args.val_fraction,
-                   "max_samples": args.max_samples, "seed": args.seed},
+        "source": {"data": args.data and str(Path(os.path.expanduser(args.data)).resolve()),
+                   "val_fraction": args.val_fraction, "max_samples": args.max_samples,
+                   "seed": args.seed},
     }
 
 
@@ -1452,11 +1450,19 @@ def split_to_score(path, args, meta):
     """(name of the split, its `data.Split`, `data.Data`): test, else val, else all of other data."""
     # with another seed or fraction, samples that it was trained on would be scored
     flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
-    names = ["test", "val"]
-    if args.data and full_path(args.data) != meta["source"].get("data"):
-        flags |= {"data": args.data, "val_fraction": 0.0, "max_samples": 0}
+    flags["data"] = args.data or meta["source"].get("data")
+    names, other = ["test", "val"], False
+    try:
+        source = load_source(argparse.Namespace(**flags))
+        other = args.data and source.fingerprint() != meta.get("fingerprint")
+    except ValueError:
+        if not args.data:
+            raise
+        other = True  # perhaps too small to be split
+    if other:  # it is scored whole where it has no splits
+        flags |= {"val_fraction": 0.0, "max_samples": 0}
         names.append("train")
-    source = load_source(argparse.Namespace(**flags))
+        source = load_source(argparse.Namespace(**flags))
     name = next((name for name in names if name in source.splits), None)
     if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")

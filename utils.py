@@ -111,7 +111,7 @@ def load_checkpoint(path, legacy=False):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, no checkpoint")
     version = checkpoint.get("format_version", 0)
-    if version not in range(FORMAT_VERSION + 1):
+    if not isinstance(version, int) or version not in range(FORMAT_VERSION + 1):
         raise ValueError(f"{path}: format {version}, this kit reads up to {FORMAT_VERSION}")
     return checkpoint
 
@@ -122,7 +122,10 @@ def load_newest(folder, needed=("step",), log=print, set_aside=True):
     folder, usable = Path(folder), []
     for path in filter(os.path.exists, (folder / "last.pt", folder / "previous.pt")):
         try:
-            usable.append(load_checkpoint(path))
+            checkpoint = load_checkpoint(path)
+            if "format_version" not in checkpoint:
+                raise ValueError(f"{path}: is no checkpoint of this kit")
+            usable.append(checkpoint)
         except OSError as error:
             log(f"warning: {path}: {error.strerror}; passed over")
         except ValueError as error:
@@ -259,7 +262,7 @@ def logger(path=os.devnull, past=()):
 
 
 def progress_bar(title, total, unit, quiet):
-    """A tqdm bar on a terminal; elsewhere `show` prints lines. Under 100 samples get neither."""
+    """A tqdm bar on a terminal; elsewhere `show` prints lines; neither for a total below 100."""
     hidden, terminal = quiet or total < 100 or world()[0] > 0, sys.stderr.isatty()
     width = shutil.get_terminal_size().columns  # tqdm takes a width of 0 as it is
     bar = tqdm(desc=title, total=total, unit=f" {unit}", leave=False, ncols=width,
@@ -553,8 +556,10 @@ def parse_preset(parser, path, name, modes):
     parser.where = f"{path.name}: {name}: "
     flags = parse_words(parser, words)
     for key, value in preset.items():
-        if key in modes or isinstance(value, str) != isinstance(flags[key], str):
-            parser.error(f"{key} {shorten(value)}: is no flag for a preset, or of another type")
+        if key in modes:
+            parser.error(f"{key} {shorten(value)}: is no flag for a preset")
+        if isinstance(value, str) != isinstance(flags.get(key), str):
+            parser.error(f"{key} {shorten(value)}: is of another type; give it as for --{key}")
     return flags
 
 
@@ -569,7 +574,7 @@ def read_preset(path, name):
             raise ValueError(f"--config {shorten(name)} is no preset; there are {names}")
         return presets[name], preset_words(presets[name])
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name}: not JSON in UTF-8 ({error}); mend it")
+        raise ValueError(f"{path.name}: cannot be read as JSON in UTF-8 ({error})")
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}")
 
@@ -591,7 +596,7 @@ def preset_words(preset):
     for key, value in preset.items():
         nested = value if isinstance(value, dict) else {}
         if value == {} or not all(re.fullmatch(r"[a-z]\w*", name) for name in (key, *nested)):
-            raise ValueError(f"{shorten(key)} must be a flag, an object's keys its arguments")
+            raise ValueError(f"{shorten(key)} is no flag, or the keys of its object are no arguments")
         words.append(f"--{key}" if nested else f"--{key}={value}")
         for name, inner in nested.items():
             text = ",".join(map(str, inner)) if isinstance(inner, list) else inner
@@ -633,7 +638,7 @@ def keyword_arguments(words, function, flag):
 
 def higher_is_better(monitor):
     """Whether higher values of the metric `monitor` are better."""
-    return not re.search("loss|violations|entropy|error|latency", monitor)
+    return not re.search("loss|violations|entropy|error", monitor)
 
 
 def image_metrics(logits, labels):
@@ -1098,7 +1103,7 @@ def check_agreement(facts):
     codes[rank] = torch.tensor([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
     for name, column in zip(facts, all_reduce(codes).T):
         if len(column.unique()) > 1:
-            raise ValueError(f"the processes have different {name}; start all with the same")
+            raise ValueError(f"the processes have different {name}; start all with the same one")
 
 
 def lost_process(error):

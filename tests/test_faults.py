@@ -383,18 +383,18 @@ def test_what_stands_in_the_way_of_a_run_is_named(monkeypatch, capsys):
     assert "error: runs/cut/metrics.csv: Is a directory" in text
 
 
-def test_a_checkpoint_of_another_program_is_refused(monkeypatch, capsys):
+def test_a_checkpoint_of_another_program_is_set_aside(monkeypatch, capsys, whole):
     run_stopped(monkeypatch, 2, "--save_every 1", "cut")
     torch.save({"model": {}, "step": 99}, "runs/cut/last.pt")
-    assert attempt("--resume cut") == 2
-    assert "runs/cut: its checkpoint has no" in capsys.readouterr().err
+    assert attempt("--resume cut") == 0 and same_outcome(whole, outcome("cut"))
+    assert "no checkpoint of this kit; set aside as last.damaged" in capsys.readouterr().out
 
 
 def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_says(
     tmp_path, monkeypatch, whole
 ):
     for name, step in (("last.pt", 5), ("previous.pt", 7)):
-        torch.save(checkpoint(step), tmp_path / name)
+        torch.save({"format_version": 1, **checkpoint(step)}, tmp_path / name)
         os.utime(tmp_path / name, (10**9 - step, 10**9 - step))
     assert utils.load_newest(tmp_path)["step"] == 7
     jumps = iter(range(10**10, 0, -(10**6)))  # eleven days back, again and again

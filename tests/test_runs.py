@@ -781,7 +781,7 @@ def test_find_lr_names_a_rate_and_writes_the_curve(capsys):
     out = capsys.readouterr().out
     rows = Path("curve.csv").read_text().splitlines()
     assert rows[0] == "lr,loss" and len(rows) > 11 and not Path("runs").exists()
-    rate = re.search(r"try --lr (\S+)", out)[1]
+    rate = re.search(r"--lr ([^,]+),", out)[1]
     assert rate in [f"{float(row.split(',')[0]):.2e}" for row in rows[1:]]
     drawn = utils.importlib.util.find_spec("matplotlib") is not None
     assert Path("curve.png").exists() == drawn
@@ -881,7 +881,7 @@ def test_arguments_of_the_preset_stay_where_a_flag_names_others():
 
 def test_a_presets_accumulation_gives_way_to_an_effective_batch():
     args, given = train.parse_flags("--config custom_4gb --batch_size auto".split())
-    assert args.batch_size == "auto" and "accumulation_steps" not in given
+    assert args.effective_batch == 256 and "accumulation_steps" not in given
     words = "--config custom_4gb --batch_size 8 --effective_batch 24"
     args, given = train.parse_flags(words.split())
     assert args.effective_batch == 24 and "accumulation_steps" not in given
@@ -976,7 +976,7 @@ BAD_CONFIGS = {
     '{"p": {"epochs": 3, "epochs": 4}}': "key 'epochs' stands twice",
     '{"p": {"epoch": 3}}': "did you mean --epochs?",
     '{"p": {"epochs": true}}': "epochs: must be an integer at least 1, got 'True'",
-    '{"p": {"epochs": "3"}}': "epochs '3': is no flag for a preset, or of another type",
+    '{"p": {"epochs": "3"}}': "epochs '3': is of another type",
     '{"p": {"epochs": 2.5}}': "epochs: must be an integer",
     '{"p": {"lr": NaN}}': "lr: must be a number",
     '{"p": {"lr": Infinity}}': "lr: must be a number",

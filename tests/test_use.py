@@ -691,6 +691,10 @@ def test_a_run_on_own_pictures_says_what_it_found_and_what_to_do(capsys):
     assert "these samples chose the checkpoint" in capsys.readouterr().out
     found = json.loads(Path("a.json").read_text())
     assert (found["split"], found["samples"]) == ("val", 5) and "top5_accuracy" not in found
+    shutil.copytree("photos", "moved")  # the training data at another path: only what was set aside
+    assert main("--evaluate p --data moved --output b.json") == 0
+    found = json.loads(Path("b.json").read_text())
+    assert (found["split"], found["samples"]) == ("val", 5)
     shutil.copytree("photos", "other")
     Path("other/ant/0.png").unlink()
     assert main("--evaluate p --data other --output b.json") == 0
