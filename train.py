@@ -103,7 +103,7 @@ def build_parser():
             ("pretrained", path, None, "file of weights to start from; the flag alone: official EfficientNet-B0"),
             ("epochs", positive, 10, "passes over the training split"),
             ("batch_size", num(int, 1, word="auto"), 16, "samples at once; auto: what fits in memory"),
-            ("lr", above_0, None, "peak learning rate; default: by optimizer"),
+            ("lr", above_0, None, "peak learning rate, also as --max_lr; default: by optimizer"),
             ("device", str, "auto", "auto, cuda, cuda:N, mps or cpu"),
             ("run_name", utils.run_name, None, "name of the run's folder under runs/; else model and time"),
             ("resume", lambda text: text and path(text), None,
@@ -145,7 +145,6 @@ def build_parser():
         "schedule": (
             ("scheduler", list(SCHEDULES), "onecycle", "schedule of the learning rate"),
             ("scheduler_args", str, [], "KEY=VALUE arguments of the schedule, such as pct_start=0.2"),
-            ("max_lr", above_0, None, "peak of onecycle, in place of --lr"),
             ("warmup_epochs", at_least_0, 0.0, "epochs of linear warm-up, except for onecycle"),
         ),
         "machine": (
@@ -198,7 +197,8 @@ def build_parser():
             if default not in (None, False, []):
                 text += f" (default: {default})"
             # no default: a flag counts as given even where it equals its default
-            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
+            names = ["--lr", "--max_lr"] if name == "lr" else [f"--{name}"]
+            group.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
             defaults[name] = default
     return parser, defaults
 
@@ -264,11 +264,8 @@ def check_flags(args, given):
     utils.trackers_available(args.tensorboard, args.wandb)
     if mode in READ_BY or args.resume or (args.resume == "" and not args.run_name):
         return  # the checkpoint holds the rest
-    rises = args.scheduler == "onecycle"  # and falls by itself
-    utils.raise_first((
-        (args.max_lr and not rises, "--max_lr: is for --scheduler onecycle; give --lr"),
-        (rises and args.warmup_epochs, "--warmup_epochs: onecycle warms up itself; leave it out"),
-    ))
+    if args.scheduler == "onecycle" and args.warmup_epochs:
+        raise ValueError("--warmup_epochs: onecycle warms up itself; leave it out")
     for key in given.keys() & IMAGE_FLAGS if args.model == "sudoku_gnn" else ():
         raise ValueError(f"--{key}: is for pictures, not for --model {args.model}; leave it out")
     functions = {"model_args": models.MODELS[args.model], "scheduler_args": SCHEDULES[args.scheduler]}
@@ -702,7 +699,6 @@ class Run:
     flags: dict = field(default_factory=dict)  # as they were asked for and as they were settled
     folder: Path = RUNS
     log: Callable = print
-    saved_step: int = 0  # of last.pt
     stop: list = field(default_factory=list)  # the signals received
     trackers: list = field(default_factory=list)
 
@@ -886,7 +882,6 @@ def save(state, run, name="last.pt", content=None):
         try:
             content = {**content, "step": state.step, "meta": run.meta}
             utils.save_checkpoint(run.folder / name, content)
-            run.saved_step = state.step if name == "last.pt" else run.saved_step
         except ValueError as error:
             raise FloatingPointError(f"{error}; try a new run with a lower --lr") from None
 
@@ -1122,7 +1117,7 @@ def settle(args, source):
     puzzles, batch, args.image_size = args.model == "sudoku_gnn", args.batch_size, source.image_size
     args.flip = train.images.shape[-1] >= 3 if args.flip is None else args.flip
     args.optimizer = args.optimizer or ("muon" if puzzles else "adamw")
-    args.lr = args.max_lr or args.lr or models.LEARNING_RATES[args.optimizer]
+    args.lr = args.lr or models.LEARNING_RATES[args.optimizer]
     args.effective_batch = args.effective_batch or (128 if batch == "auto" else None)
     blind = args.early_stopping and not has_val and not args.monitor
     kinds = ["train", *["val"] * has_val, *["ema"] * bool(has_val and args.ema_decay)]
@@ -1154,8 +1149,6 @@ def settle(args, source):
 def find_hints(args, source, meta):
     """Texts that say what is likely to go wrong with few, or unevenly many, images of one's own."""
     counts, val = meta["class_counts"] or [1], source.splits.get("val", ())
-    if re.search(r"\.(heic|heif|tiff?)\b", source.description):
-        yield "photos were passed over: convert HEIC and TIFF to JPEG"
     if 0 < len(val) < 100:
         yield f"{len(val)} validation samples: one of them changes a metric by {1 / len(val):.1%}"
     if max(counts) > 3 * min(counts) and args.class_weights == "off":
@@ -1324,7 +1317,6 @@ def open_run(args, given, held):
                 raise ValueError(f"--resume: the data changed, its {key} was "
                                  f"{utils.shorten(saved['meta'][key])}; start a new run")
         state.load(saved)
-        run.saved_step = state.step
         run.flags["asked"] = saved["flags"]["asked"]
     asked = ", ".join(f"{key} {value}" for key, value in run.flags["asked"].items())
     lines += [f"flags      {asked or 'the defaults'} | {args.scheduler}, seed {args.seed}",
@@ -1657,8 +1649,8 @@ def explain(error, run, args):
     if run is None or rank != "0":
         print(f"error: {f'process {rank}: ' * (rank != '0')}{line}", file=sys.stderr)
     else:
-        run.log(f"error: {line}; the last good checkpoint is of step {run.saved_step}; go on with: "
-                f"python train.py --resume {run.folder.name}")
+        run.log(f"error: {line}; go on from the last good checkpoint with: python train.py "
+                f"--resume {run.folder.name}")
     return 1
 
 

@@ -178,7 +178,6 @@ extra                                          | 'extra' is no flag
 --swa_start_epoch 4 --epochs 3                 | --swa_start_epoch 4: at most --epochs 3
 --warmup_epochs 3 --epochs 3 --scheduler cosine | --warmup_epochs 3: must be below --epochs 3
 --warmup_epochs 1                              | --warmup_epochs: onecycle warms up
---max_lr 0.1 --scheduler cosine                | --max_lr: is for --scheduler onecycle
 --image_size 2048                              | --image_size 2048: 4,000 images take bytes
 
 --data a.npz --model custom --model_args width=8 |
@@ -596,7 +595,7 @@ CONFIGS = {  # what the file holds: the words of its line
     '{"p": {"model": "custom", "model_args": {"widths": null}}}': "widths: must be got 'None'",
     '{"p": {"model": "custom", "model_args": {"widths": [[1]]}}}': "widths: must be got '[1]'",
     '{"p": {"model": "custom", "model_args": {"widths": {"a": 1}}}}': "widths: must be got",
-    '{"p": {"model_args": {"dropout": 0.1, "--epochs": 3}, "data": "no"}}': "'model_args' is no flag, or the keys of its object",
+    '{"p": {"model_args": {"dropout": 0.1, "--epochs": 3}, "data": "no"}}': "'model_args' is no flag, or",
     '{"p": {"model_args": {"--evaluate": "x"}}}': "'model_args' is no flag",
     '{"p": {"model_args": {"width": 3}}}': "model_args 'width': is no argument; there are dropout",
     '{"p": {"model": "custom", "model_args": {"width": 3}}}': "'width': did you mean widths?",
@@ -1139,7 +1138,7 @@ READ_LATE = """
     data image_size val_fraction max_samples crop_padding flip min_crop_area cutout mixup
     cutmix seed model_args epochs batch_size accumulation_steps effective_batch
     clip_grad_norm optimizer lr weight_decay momentum ema_decay swa_start_epoch sam_rho
-    scheduler scheduler_args max_lr warmup_epochs amp channels_last
+    scheduler scheduler_args warmup_epochs amp channels_last
     checkpoint_activations early_stopping monitor focal_gamma label_smoothing
 """.split()
 

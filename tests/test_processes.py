@@ -575,7 +575,7 @@ def test_a_process_that_dies_or_hangs_ends_the_other_and_the_run_goes_on(lost, r
     status, errors = lost[name]
     assert status == 1 and "Traceback" not in errors
     log = (Path("runs") / name / "log.txt").read_text()
-    assert f"error: {LOST[name][1]}; the last good checkpoint is of step 2; go on with" in log
+    assert f"error: {LOST[name][1]}; go on from the last good checkpoint with" in log
     ended(resumed[f"again_{name}"], 0, 0)
     assert same(last("whole"), last(name))
 

@@ -972,7 +972,7 @@ def test_an_empty_run_name_and_control_characters_are_escaped(capsys):
 
 
 BAD_CONFIGS = {
-    '{"p": {"epochs": 3,}}': "configs.json: not JSON",
+    '{"p": {"epochs": 3,}}': "configs.json: cannot be read as JSON",
     '{"p": {"epochs": 3, "epochs": 4}}': "key 'epochs' stands twice",
     '{"p": {"epoch": 3}}': "did you mean --epochs?",
     '{"p": {"epochs": true}}': "epochs: must be an integer at least 1, got 'True'",
