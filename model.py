@@ -279,15 +279,14 @@ def initialise(model):
 
 def official_weights():
     """The state dict of torchvision's EfficientNet-B0 from torch.hub; ValueError if that fails."""
-    name = "efficientnet_b0_rwightman-7f5810bc.pth"
+    url = "https://download.pytorch.org/models/efficientnet_b0_rwightman-7f5810bc.pth"
     try:
         return torch.hub.load_state_dict_from_url(
-            f"https://download.pytorch.org/models/{name}", map_location="cpu", check_hash=True,
-            weights_only=True)
+            url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or another hash
         why = " ".join(str(error).split())[:200]
-        raise ValueError(f"official weights cannot be fetched ({why}); give a file: "
-                         f"--pretrained {name}") from None
+        raise ValueError(f"official weights cannot be fetched ({why}); fetch {url} and give "
+                         "--pretrained FILE, or train --model custom without --config") from None
 
 
 def timm_to_torchvision(name):

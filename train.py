@@ -53,6 +53,8 @@ MAX_SHOWN, MAX_GUESSES = 100, 100_000  # predictions on the terminal; guesses of
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RUNS = Path("runs")
 WEIGHTS = Path(__file__).with_name("weights") / "sudoku_extreme.pt"  # the default of --predict
+KIT = [Path(__file__).with_name(name) for name in
+       ("train.py", "model.py", "data.py", "utils.py", "configs.json")]
 MODES = set("config resume find_lr evaluate predict export copy input search tta output".split())
 OUTPUTS = {"find_lr": [".csv"], "evaluate": [".json", ".csv"], "export": [".pt2", ".onnx"],
            "predict": [".csv", ".json", ".sdm", ".sdk"], "copy": [".py"]}
@@ -81,7 +83,8 @@ ALIASES = dict(pair.split(":") for pair in (  # of timm, Hugging Face, Lightning
     "input_size:image_size patience:early_stopping smoothing:label_smoothing model_ema_decay:ema_decay "
     "arch:model model_kwargs:model_args data_dir:data dataset:data name:run_name output_dir:run_name "
     "torchcompile:compile grad_checkpointing:checkpoint_activations report_to:tensorboard "
-    "drop:model_args dropout:model_args drop_path:model_args log_wandb:wandb").split())
+    "drop:model_args dropout:model_args drop_path:model_args log_wandb:wandb "
+    "accelerator:device checkpoint:evaluate ckpt:evaluate").split())
 FREE_ON_RESUME = set("device workers save_every tensorboard wandb quiet run_name cache_dir data "
                      "memory_gb checkpoint_activations timeout".split())
 
@@ -260,7 +263,7 @@ def check_flags(args, given):
          "--resume: torchrun --max_restarts needs --resume --run_name NAME to find the run again"),
     ))
     if args.output:
-        utils.check_output(args.output, OUTPUTS[mode], [*(args.input or ()), args.data])
+        utils.check_output(args.output, OUTPUTS[mode], [*(args.input or ()), args.data, *KIT])
     utils.trackers_available(args.tensorboard, args.wandb)
     if mode in READ_BY or args.resume or (args.resume == "" and not args.run_name):
         return  # the checkpoint holds the rest
@@ -902,8 +905,9 @@ def report_best(state, run):
     kind = {"ema": "EMA", "swa": "SWA"}.get(monitor.split("_")[0], "raw")
     run.log(f"best       {monitor} {value} in epoch {best['epoch']}: {folder / 'best.pt'} ({kind} weights)")
     curves = folder / "curves.png"
-    if utils.world()[0] == 0 and utils.save_history(curves, state.history, run.task.metrics[0]):
-        run.log(f"curves     {curves}")
+    if utils.world()[0] == 0:
+        made = utils.save_history(curves, state.history, run.task.metrics[0])
+        run.log(f"curves     {curves if made else 'need matplotlib: pip install matplotlib'}")
     if len(run.source.splits) > 1:
         files = [folder / f"{name}.pt" for name in ("best", "ema", "swa")]
         names = " ".join(str(file) for file in files if file.exists())
@@ -993,7 +997,7 @@ def run_find_lr(state, run):
 
     with utils.progress_bar("find_lr", 100, "step", args.quiet) as bar:
         tried, losses, best = find_lr(state, partial(next, endless()), step)
-    run.log(f"find_lr    suggested: --lr {best:.2e}, the valley of the loss over the rate")
+    run.log(f"find_lr    suggested: --lr {best:.2e}, a careful rate; the loss falls on above it")
     if utils.world()[0] == 0:
         path = Path(args.output or RUNS / f"{run.folder.name}-find_lr.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1043,6 +1047,10 @@ def prepare_images(meta, memory_format, images):
     """The inputs of evaluation: the normalised centre of uint8 images [B, H, W, C]."""
     x = data.centre(images, meta["image_size"], meta["mean"], meta["std"])
     return x.contiguous(memory_format=memory_format)
+
+
+def absolute(path):
+    return str(Path(os.path.expanduser(path)).resolve())
 
 
 def load_source(args):
@@ -1187,7 +1195,7 @@ def starting_weights(args, saved):
             raise ValueError("--pretrained: only efficientnet_b0 has official weights; give a file, "
                              "or leave out --pretrained (or --config finetune)")
         return models.official_weights(), IMAGENET
-    found = utils.load_checkpoint(args.pretrained, legacy=True)
+    found = utils.load_checkpoint(utils.checkpoint_of(RUNS, args.pretrained), legacy=True)
     meta = found.get("meta")
     own = isinstance(meta, dict) and {"mean", "std"} <= meta.keys()
     return found.get("model", found) or {}, meta if own else IMAGENET
@@ -1209,9 +1217,8 @@ def describe_model(args, source, origin):
         "mean": list(mean), "std": list(std),
         "class_counts": counts,
         "fingerprint": source.fingerprint(),
-        "source": {"data": args.data and str(Path(os.path.expanduser(args.data)).resolve()),
-                   "val_fraction": args.val_fraction, "max_samples": args.max_samples,
-                   "seed": args.seed},
+        "source": {"data": args.data and absolute(args.data), "val_fraction": args.val_fraction,
+                   "max_samples": args.max_samples, "seed": args.seed},
     }
 
 
@@ -1314,8 +1321,8 @@ def open_run(args, given, held):
     if resumes:
         for key in ("classes", "image_size", "in_channels", "fingerprint"):
             if saved["meta"][key] != run.meta[key]:
-                raise ValueError(f"--resume: the data changed, its {key} was "
-                                 f"{utils.shorten(saved['meta'][key])}; start a new run")
+                raise ValueError(f"--resume: the data changed ({key}); start a new run, perhaps with "
+                                 f"--pretrained {folder / 'best.pt'}")
         state.load(saved)
         run.flags["asked"] = saved["flags"]["asked"]
     asked = ", ".join(f"{key} {value}" for key, value in run.flags["asked"].items())
@@ -1420,7 +1427,7 @@ def run_evaluate(args):
         utils.load_checkpoint(path)
     for path in paths:
         result, task, drawn = score(path, args)
-        head = f"{path} on {result['samples']:,} {result['split']} {task.unit}"
+        head = f"{path} on {result['samples']:,} {task.unit} ({result['split']})"
         print(f"{head}{', --tta' * args.tta}: {utils.metrics_line(result)}")
         if len(paths) == 1:
             print("\n".join(f"  {line}" for line in utils.report_lines(result)))
@@ -1442,22 +1449,26 @@ def split_to_score(path, args, meta):
     """(name of the split, its `data.Split`, `data.Data`): test, else val, else all of other data."""
     # with another seed or fraction, samples that it was trained on would be scored
     flags = {**vars(args), **meta["source"], "image_size": meta["image_size"], "model": meta["model"]}
-    flags["data"] = args.data or meta["source"].get("data")
-    names, other = ["test", "val"], False
+    stored = meta["source"].get("data")
+    own = not args.data or absolute(args.data) == stored
+    flags["data"], names = args.data or stored, ["test", "val"]
     try:
         source = load_source(argparse.Namespace(**flags))
-        other = args.data and source.fingerprint() != meta.get("fingerprint")
+        changed = source.fingerprint() != meta.get("fingerprint", source.fingerprint())
     except ValueError:
-        if not args.data:
+        if own:
             raise
-        other = True  # perhaps too small to be split
-    if other:  # it is scored whole where it has no splits
+        changed = True  # other data, perhaps too small to be split
+    if changed and not own:  # it is scored whole where it has no splits
         flags |= {"val_fraction": 0.0, "max_samples": 0}
         names.append("train")
         source = load_source(argparse.Namespace(**flags))
     name = next((name for name in names if name in source.splits), None)
     if name is None:
         raise ValueError(f"{path}: its data has no test or val split; give --data PATH with one")
+    if name == "val" and changed and own:
+        raise ValueError(f"{flags['data']}: changed since training, so its val split may hold training "
+                         "samples; give --data PATH with others")
     split, known = source.splits[name], meta["classes"]
     strange = [name for name in source.classes if name not in known]
     if strange or source.channels != meta["in_channels"]:
@@ -1619,7 +1630,7 @@ def main(argv=None):
                 return fit(state, run)
     except KeyboardInterrupt as stopped:  # outside of `fit`, which saves
         if rank == "0":
-            print("stopped; nothing was saved", file=sys.stderr)
+            print("stopped before the first step", file=sys.stderr)
         return 128 + (*stopped.args, signal.SIGINT)[0]
     except BrokenPipeError:  # the reader of the output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

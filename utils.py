@@ -165,8 +165,9 @@ def named_run(runs, name, usable, problem):
     for folder in (Path(name), Path(runs) / name):
         if usable(folder):
             return folder
-    others = sorted(path.name for path in Path(runs).glob("*") if usable(path))[-5:] or ["none"]
-    raise ValueError(f"{problem}; in {Path(runs).resolve()} there are {', '.join(others)}")
+    others = [path.name for path in sorted(Path(runs).glob("*")) if usable(path)]
+    like = sorted(difflib.get_close_matches(Path(name).name, others, 5, 0)) or ["none"]
+    raise ValueError(f"{problem}; in {Path(runs).resolve()} there are {', '.join(like)}")
 
 
 def checkpoint_of(runs, name):
@@ -483,7 +484,7 @@ class Parser(ArgumentParser):
     where = ""
 
     def error(self, message):
-        fail(self.where + message.removeprefix("argument "))
+        fail(self.where + re.sub("^argument ([^/:]+)[^:]*", r"\1", message))  # its first name
 
 
 def fail(message):
@@ -529,7 +530,7 @@ def check_output(path, suffixes, inputs):
         (path.suffix not in suffixes or path.is_dir() or not folder.is_dir(),
          f"{where} must be a {' or '.join(suffixes)} file in a folder that exists"),
         (not os.access(folder, os.W_OK), f"{where} its folder cannot be written to; take another"),
-        (used, f"{where} is an input too; choose another name"),
+        (used, f"{where} is an input or a file of the kit; choose another name"),
     ))
 
 
@@ -659,7 +660,8 @@ def classification_report(p, labels, names):
     right, support, chosen = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     scores = {"precision": ratio(right, chosen), "recall": ratio(right, support),
               "f1": ratio(2 * right, support + chosen)}
-    means = {f"macro_{name}": score.mean() for name, score in scores.items()}
+    occurs = support + chosen > 0  # other data may lack a class
+    means = {f"macro_{name}": score[occurs].mean() for name, score in scores.items()}
     means |= {f"weighted_{name}": score @ support / count for name, score in scores.items()}
     precision = np.array([average_precision(p[:, k], labels == k) for k in range(classes)])
     scores |= {"average_precision": precision, "samples": support, "class": names}
@@ -780,9 +782,10 @@ def draw_report(output, result, predictions):
     kinds = ("confusion", "reliability", "mistakes")
     paths = [output.with_name(f"{output.stem}-{kind}.png") for kind in kinds]
     made = [save_confusion(paths[0], result["confusion_matrix"], names, title),
-            save_reliability(paths[1], p, labels, title),
-            save_contact_sheet(paths[2], images, titles, heading)]
-    return paths if all(made) else []
+            save_reliability(paths[1], p, labels, title)]
+    if wrong.size:
+        made.append(save_contact_sheet(paths[2], images, titles, heading))
+    return paths[: len(made)] if all(made) else []
 
 
 def drawn(draw):

@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -468,6 +469,14 @@ def test_a_piece_with_all_it_needs_is_short(copied, name):
             first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ())))
             lines += node.end_lineno - first + 1
     assert lines <= LINES[name]
+
+
+def test_the_readme_says_how_long_the_pieces_are():
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w ]+)` \|.*\| (\d+) \| [\w, ]+ \|$", text, re.M)
+    assert len(rows) > 8
+    for names, lines in rows:
+        assert len(utils.copy_definitions(names.split(), ROOT).splitlines()) == int(lines), names
 
 
 def test_several_names_share_their_helpers_once(copied):

@@ -242,7 +242,7 @@ def test_official_weights_that_cannot_be_fetched_are_one_line(monkeypatch, error
     with pytest.raises(ValueError) as caught:
         model.official_weights()
     reason = " ".join(str(error).split())
-    start = f"official weights cannot be fetched ({reason}); give a file: --pretrained "
+    start = f"official weights cannot be fetched ({reason}); fetch https://"
     assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
 
 

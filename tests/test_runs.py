@@ -358,7 +358,7 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(
 ):
     with before_call(monkeypatch, owner, name, n, lambda: signal.raise_signal(number)):
         assert attempt(f"{TINY} {flags}") == 128 + number
-    assert "nothing was saved" in capsys.readouterr().err and not Path("runs").exists()
+    assert "before the first step" in capsys.readouterr().err and not Path("runs").exists()
 
 
 # --------------------------------------------------------------------------- flags on a resumed run
@@ -516,7 +516,7 @@ def test_a_run_saves_its_evidence_and_its_averages_evaluate_alone(finished, caps
     assert "16 x 2 accumulation x 1 processes = 32 | 2 steps an epoch, 2 epochs" in log
     files = [f"{folder}/{name}.pt" for name in ("ema", "swa")]
     assert attempt(["--evaluate", *files, "--output", "found.json", "--amp", "False"]) == 0
-    assert "on 60 test images: loss" in capsys.readouterr().out
+    assert "on 60 images (test): loss" in capsys.readouterr().out
     found = json.loads(Path("found.json").read_text())
     assert [result["checkpoint"] for result in found] == files
     for result in found:
@@ -1089,7 +1089,7 @@ def test_not_even_two_samples_fit(monkeypatch, capsys):
     out_of_memory_at(monkeypatch, 0, calls=range(10, 10**6))
     assert attempt(f"{TINY} --run_name none") == 1
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "out of memory" in line and "go on with" in line
+    assert "out of memory" in line and "go on from" in line
     out_of_memory_at(monkeypatch, 0)
     assert attempt(f"{TINY} --run_name early") == 1  # in the estimate, before a folder is made
     assert "smaller --batch_size" in capsys.readouterr().err and not Path("runs/early").exists()

@@ -123,8 +123,9 @@ def test_the_report_agrees_with_scikit_learn(seed, present):
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels, chosen))
     matrix = metrics.confusion_matrix(labels, chosen, labels=classes)
     assert np.array_equal(found["confusion_matrix"], matrix)
+    occurring = sorted({*labels, *chosen})
     scores = lambda average: metrics.precision_recall_fscore_support(
-        labels, chosen, labels=classes, average=average, zero_division=0)
+        labels, chosen, labels=occurring if average else classes, average=average, zero_division=0)
     for average in ("macro", "weighted"):
         for name, value in zip(("precision", "recall", "f1"), scores(average)):
             assert found[f"{average}_{name}"] == pytest.approx(value)
@@ -381,6 +382,7 @@ USE_FAULTS = {
     "--export none.pt --output a.pt2": "no such checkpoint",
     "--export NET --output a.pt2 --tta": "--tta: does not go with --export",
     "--input photos": "--input: needs --predict",
+    f"--copy update_ema --output {Path(train.__file__).with_name('utils.py')}": "a file of the kit",
     "--tta": "--tta: needs --evaluate or --predict",
     "--swa_start_epoch 4 --epochs 3": "--swa_start_epoch 4: must be at most --epochs 3",
     "--model sudoku_gnn --mixup 0.2": "--mixup: is for pictures",
@@ -700,6 +702,10 @@ def test_a_run_on_own_pictures_says_what_it_found_and_what_to_do(capsys):
     assert main("--evaluate p --data other --output b.json") == 0
     found = json.loads(Path("b.json").read_text())
     assert (found["split"], found["samples"]) == ("all", 45)
+    Path("photos/ant/0.png").rename("0.png")  # val is drawn anew and may hold training images
+    assert main("--evaluate p") == 2 and "changed since training" in capsys.readouterr().err
+    assert main("--evaluate p --data photos") == 2
+    Path("0.png").rename("photos/ant/0.png")
     # the classes of other data are found by their names
     shutil.copytree("photos/bee", "fewer/bee")
     shutil.copytree("photos/ant", "fewer/zebra")
