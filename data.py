@@ -1031,11 +1031,11 @@ def generated(cache_dir):
     # a missing or damaged file is written again
     with suppress(Exception), np.load(path, allow_pickle=False) as kept:
         return {name: kept[name] for name in GENERATED}
-    sets = {}
-    for seed, (name, counts) in enumerate(GENERATED.items()):
-        levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
-        sets[name] = np.concatenate(levels, axis=1)  # [2, N, 81]
-    with new_file(path, sum(array.nbytes for array in sets.values())) as file:
+    sets, size = {}, 162 * sum(map(sum, GENERATED.values()))
+    with new_file(path, size) as file:  # first: a folder that cannot be used is told at once
+        for seed, (name, counts) in enumerate(GENERATED.items()):
+            levels = [generate(count, level, seed) for count, level in zip(counts, LEVELS)]
+            sets[name] = np.concatenate(levels, axis=1)  # [2, N, 81]
         np.savez(file, **sets)
     return sets
 
