@@ -857,7 +857,7 @@ def close_epoch(state, run, row):
     if since_best == len(values):
         raise FloatingPointError(f"epoch {state.epoch}: {args.monitor} was never finite; try a new run "
                                  "with a lower --lr")
-    waited = epochs_since_best(monitored(state, run), args.min_delta)
+    waited = epochs_since_best(values, args.min_delta)
     impatient = 0 < args.early_stopping <= waited
     state.finished = impatient or state.epoch == args.epochs
     weights = {"ema": state.ema}
@@ -1321,8 +1321,8 @@ def open_run(args, given, held):
     if resumes:
         for key in ("classes", "image_size", "in_channels", "fingerprint"):
             if saved["meta"][key] != run.meta[key]:
-                raise ValueError(f"--resume: the data changed ({key}); start a new run, perhaps with "
-                                 f"--pretrained {folder / 'best.pt'}")
+                raise ValueError(f"--resume: the data changed ({key}): files were added, removed or "
+                                 "edited; start a new run")
         state.load(saved)
         run.flags["asked"] = saved["flags"]["asked"]
     asked = ", ".join(f"{key} {value}" for key, value in run.flags["asked"].items())
@@ -1630,7 +1630,7 @@ def main(argv=None):
                 return fit(state, run)
     except KeyboardInterrupt as stopped:  # outside of `fit`, which saves
         if rank == "0":
-            print("stopped before the first step", file=sys.stderr)
+            print("stopped before training", file=sys.stderr)
         return 128 + (*stopped.args, signal.SIGINT)[0]
     except BrokenPipeError:  # the reader of the output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -524,13 +524,14 @@ def check_output(path, suffixes, inputs):
     path = Path(path)
     where, folder = f"--output {path}:", path.parent
     used = path.exists() and any(path.samefile(x) for x in inputs if x and Path(x).exists())
+    used |= path.name in ("config.json", "metrics.csv") and (folder / "lock").exists()  # a run's
     raise_first((
         (len(os.fsencode(path.name)) > 200,  # the temporary's name is longer, and 255 is the limit
          f"{where} must be a name of at most 200 bytes; shorten it"),
         (path.suffix not in suffixes or path.is_dir() or not folder.is_dir(),
          f"{where} must be a {' or '.join(suffixes)} file in a folder that exists"),
         (not os.access(folder, os.W_OK), f"{where} its folder cannot be written to; take another"),
-        (used, f"{where} is an input or a file of the kit; choose another name"),
+        (used, f"{where} is an input, or a file of the kit or of a run; choose another name"),
     ))
 
 

@@ -196,7 +196,7 @@ def fit_job(net, batches, device, words="", dtype=torch.float32):
         state = new_state(net, device, ema=args.ema_decay > 0)
         with tempfile.TemporaryDirectory() as folder, quiet():
             run = train.Run(
-                args, image_task(args), device, dtype, source, meta={},
+                args, image_task(args), device, dtype, source, meta={"in_channels": 3},
                 fetch={"train": lambda pieces: iter(batches)}, steps_per_epoch=len(batches),
                 folder=Path(folder), log=utils.logger(Path(folder) / "log.txt"))
             train.fit(state, run)

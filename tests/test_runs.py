@@ -358,7 +358,7 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(
 ):
     with before_call(monkeypatch, owner, name, n, lambda: signal.raise_signal(number)):
         assert attempt(f"{TINY} {flags}") == 128 + number
-    assert "before the first step" in capsys.readouterr().err and not Path("runs").exists()
+    assert "before training" in capsys.readouterr().err and not Path("runs").exists()
 
 
 # --------------------------------------------------------------------------- flags on a resumed run

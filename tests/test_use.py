@@ -383,6 +383,7 @@ USE_FAULTS = {
     "--export NET --output a.pt2 --tta": "--tta: does not go with --export",
     "--input photos": "--input: needs --predict",
     f"--copy update_ema --output {Path(train.__file__).with_name('utils.py')}": "a file of the kit",
+    "--find_lr --output runs/old/metrics.csv": "a file of the kit or of a run",
     "--tta": "--tta: needs --evaluate or --predict",
     "--swa_start_epoch 4 --epochs 3": "--swa_start_epoch 4: must be at most --epochs 3",
     "--model sudoku_gnn --mixup 0.2": "--mixup: is for pictures",
@@ -399,6 +400,8 @@ def test_a_bad_use_is_one_line_status_2_and_nothing_written(flags, capsys):
     Path("photos/a.jpg").write_bytes(b"x")
     Path("picture.jpg").write_bytes(b"x")
     Path("puzzle.sdm").write_text("." * 64 + "1" + "." * 16)
+    Path("runs/old").mkdir(parents=True)
+    Path("runs/old/lock").touch()
     if "FOREIGN" in flags:
         utils.save_checkpoint("FOREIGN", {"model": {}, "meta": {"epoch": 3}})
     if "NET" in flags:
