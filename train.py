@@ -1103,12 +1103,12 @@ def prepare(args, saved=None):
     total = sum(memory.values()) + memory["sample"] * (size - 1)
     cards = ", ".join(f"{models.largest_batch(memory, (0.9 * gb - 0.5) * 2**30):,}" for gb in (4, 6, 8))
     splits = ", ".join(f"{name} {len(split):,}" for name, split in source.splits.items())
-    counts, size_px = meta["class_counts"], f", {source.image_size} px" * bool(meta["class_counts"])
+    counts, size_px = meta["class_counts"], f", {source.image_size} px" if meta["class_counts"] else ""
     hints += [] if saved else find_hints(args, source, meta)
     return state, run, [
         f"device     {device}, {torch.get_num_threads()} threads | {', '.join(notes)}",
         f"model      {args.model}, {parameters:,} parameters"
-        + f", weights from {args.pretrained}" * bool(args.pretrained),
+        + (f", weights from {args.pretrained}" if args.pretrained else ""),
         f"memory     about {total / 2**20:,.0f} MiB, {memory['sample'] / 2**20:.2f} a sample | "
         f"largest batch for 4, 6, 8 GB: {cards}",
         f"data       {source.description}{size_px} | {splits}",
@@ -1182,7 +1182,7 @@ def fit_steps(args, samples):
     args.accumulation_steps = min(args.accumulation_steps, most // args.batch_size)
     args.epochs = max(args.epochs, -(-args.min_steps // count_steps(args, samples)))
     now = args.batch_size, args.accumulation_steps, args.epochs
-    text = "for {} steps: {} x {} a step and {} epochs, in place of {} x {} and {}"
+    text = "to take {} steps: {} x {} images a step for {} epochs, not {} x {} for {}"
     return [text.format(args.min_steps, *now, *before)] if now != before else []
 
 
