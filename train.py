@@ -291,8 +291,8 @@ class Task:
 
     loss: Callable  # (outputs, targets) -> the loss summed over the batch's items, a float32 scalar
     items: Callable = len  # targets -> their number of items
-    # (outputs, targets) -> numerators [metrics] and denominators, a number or [metrics]
-    measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), 0)
+    # (outputs, targets) -> numerators [metrics] and denominators [metrics], or None for the items
+    measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), None)
     metrics: tuple = ()  # their names; the first one chooses best.pt
     unit: str = "samples"
     augment: Callable | None = None  # (images, targets, index, epoch) -> (inputs, targets)
@@ -458,9 +458,9 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
 
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
-    turns (images, targets, index) into inputs and targets; `seed` determines dropout; for `sam_rho`
-    see `uphill`. A loss or gradient that is not finite changes nothing. Where memory runs out, the
-    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, whether it was good).
+    turns (images, targets, index) into inputs and targets; `seed` determines dropout; `sam_rho` is
+    that of `uphill`. A non-finite loss or gradient changes nothing; where memory runs out, batches
+    are halved. Returns (totals as in `batch_totals`, gradient norm, whether the step was good).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
@@ -476,8 +476,7 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
             restore(state, buffers)
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state)
-    loss = totals[0, 0].to(norm.dtype)
-    norm_value, loss_value = torch.stack((norm, loss)).tolist()  # the step's one synchronisation
+    norm_value, loss_value = norm.item(), totals.tolist()[0][0]  # the step's one wait for a GPU
     good = math.isfinite(norm_value + loss_value + float(first_norm))
     if good:
         if clip_grad_norm:
@@ -507,7 +506,7 @@ def window_gradients(state, window, task, augment, dtype, seed):
                 inputs, targets = augment(images, targets, index)
                 outputs = (state.forward or state.model)(inputs)
                 loss = task.loss(outputs, targets)
-            parts.append(batch_totals(task, loss, count, outputs, targets))
+            parts.append(batch_totals(task, loss.detach(), count, outputs.detach(), targets))
             state.scaler.scale(loss).backward(loss.new_ones(()) / items)  # as of loss / items
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -519,7 +518,7 @@ def window_gradients(state, window, task, augment, dtype, seed):
         if largest < 4:  # BatchNorm needs two samples
             raise torch.OutOfMemoryError(f"out of memory with a batch of {largest}")
         state.micro_batch = largest // 2
-    totals = sum(parts) if parts else zero_totals(task, device)
+    totals = sum(parts[1:], parts[0]) if parts else zero_totals(task, device)
     if state.share is not None:
         totals, failed = state.share(state, totals, failed)
     return None if failed else totals
@@ -533,10 +532,11 @@ def zero_totals(task, device):
 
 def batch_totals(task, loss, items, outputs, targets):
     """float [2, 1 + metrics]: numerators over denominators of the loss and of each metric."""
-    numerators, denominators = task.measure(outputs.detach(), targets)
-    numerators = torch.cat((loss.detach()[None], numerators))
-    counts = torch.empty_like(numerators)
-    counts[0], counts[1:] = items, denominators
+    numerators, denominators = task.measure(outputs, targets)
+    numerators = torch.cat((loss[None], numerators))
+    counts = torch.empty_like(numerators).fill_(items)
+    if denominators is not None:
+        counts[1:] = denominators
     return torch.stack((numerators, counts))
 
 

@@ -649,12 +649,22 @@ def test_without_validation_data_a_run_trains_and_early_stopping_is_refused(caps
 
 
 def test_amp_true_on_a_plain_cpu_trains_in_fp32_and_says_so(monkeypatch):
-    monkeypatch.setattr(utils, "cpu_has_amx", lambda: False)
+    monkeypatch.setattr(utils, "cpu_is_fast_in_bf16", lambda: False)
     assert "float32 (mixed precision gains nothing on this cpu)" in run("--amp True", preset=ONE)[2]
     cpu = torch.device("cpu")
     assert utils.pick_precision("auto", cpu)[0] == torch.float32
-    monkeypatch.setattr(utils, "cpu_has_amx", lambda: True)
+    monkeypatch.setattr(utils, "cpu_is_fast_in_bf16", lambda: True)
     assert utils.pick_precision("auto", cpu)[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize("amx, avx512", [(0, 0), (0, 1), (1, 0)])
+def test_a_cpu_is_fast_in_bf16_with_amx_or_avx512_bf16(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    assert utils.cpu_is_fast_in_bf16() == bool(amx or avx512)
+    for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, check)
+    assert not utils.cpu_is_fast_in_bf16()
 
 
 @pytest.mark.parametrize(
