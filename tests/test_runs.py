@@ -639,6 +639,30 @@ def test_monitor_decides_what_is_best():
     assert best["metrics"]["train_loss"] == min(float(row["train_loss"]) for row in rows)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_each_process_scores_its_own_part_of_the_validation_samples(monkeypatch, ranks):
+    """A batch that two processes score would leave means as they are, so samples are counted."""
+    args, given = train.parse_flags(f"{SMALL} --batch_size 4 --max_samples 45".split())
+    train.check_flags(args, given)
+    state, run, _ = train.prepare(args)
+    state.totals = train.zero_totals(run.task, run.device)
+    fetch, seen = run.fetch["val"], [[] for _ in range(ranks)]
+    for rank, indices in enumerate(seen):
+        monkeypatch.setattr(utils, "world", lambda: (rank, ranks))
+        monkeypatch.setattr(utils, "all_reduce", lambda totals, *_: totals)
+
+        def noted(pieces):
+            indices.extend(index for piece in pieces for index in piece.tolist())
+            return fetch(pieces)
+
+        run.fetch["val"] = noted
+        train.validate(state, run)
+    scored = sorted(index for indices in seen for index in indices)
+    assert scored == list(range(len(run.source.splits["val"])))
+    sizes = [len(indices) for indices in seen]
+    assert max(sizes) - min(sizes) <= 2 * args.batch_size
+
+
 def test_without_validation_data_a_run_trains_and_early_stopping_is_refused(capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 24, 24, 3), np.uint8)
     np.savez("a.npz", x=pixels, y=np.arange(40) % 4)
