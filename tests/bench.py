@@ -1,12 +1,14 @@
 """Side-by-side measurements, run by hand: python tests/bench.py PART ..., or all.
 
-The parts are loop, data, train, start, memory, methods, choices, sudoku and processes. The jobs of
-a part run in one process in interleaved rounds. A table shows the median of at least five rounds,
+The parts are loop, data, train, start, memory, methods, choices, sudoku and processes, and, by
+itself, `race FOLDER` with a folder of CIFAR-10. The jobs of a part run in one process in
+interleaved rounds. A table shows the median of at least five rounds,
 the spread (range over median) and the ratio to the peer. Peers are listed in
 tests/requirements-bench.txt; those that are not installed are named and left out.
 """
 
 import contextlib
+import csv
 import functools
 import importlib
 import importlib.metadata
@@ -14,6 +16,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import platform
 import socket
@@ -595,6 +598,140 @@ def sudoku_part(device):
     table("sudoku: inference, puzzles", rounds(jobs), dict(zip(jobs, (64, 8))), list(jobs)[1:])
 
 
+# -------------------------------------------------------------------------------------- the race
+
+
+class Frozen(nn.BatchNorm2d):
+    """BatchNorm as airbench94 has it: the scale stays 1, the statistics follow 0.4 of a batch."""
+
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-12, momentum=0.4)
+        self.weight.requires_grad_(False)
+
+
+def airbench94(images):
+    """The network of airbench94, its whitening taken from normalised images [N, 3, 32, 32]."""
+
+    def conv(inputs, outputs):
+        layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        nn.init.dirac_(layer.weight.data[:inputs])
+        return layer
+
+    def group(inputs, outputs):
+        return (conv(inputs, outputs), nn.MaxPool2d(2), Frozen(outputs), nn.GELU(),
+                conv(outputs, outputs), Frozen(outputs), nn.GELU())
+
+    whiten = nn.Conv2d(3, 24, 2)
+    patches = F.unfold(images, 2).mT.flatten(0, 1).double()
+    eigenvalues, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (eigenvalues + 5e-4).sqrt()).T.flip(0)
+    whiten.weight.data.copy_(torch.cat([filters, -filters]).view(24, 3, 2, 2))
+    whiten.weight.requires_grad_(False)
+    return nn.Sequential(whiten, nn.GELU(), *group(24, 64), *group(64, 256), *group(256, 256),
+                         nn.MaxPool2d(3), nn.Flatten(), nn.Linear(256, 10, bias=False))
+
+
+def airbench_batches(images, labels, epoch, generator):
+    """Shuffled batches of 1,024: moved by up to two pixels, mirrored in every second epoch."""
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    for rows in torch.randperm(len(images), generator=generator).split(1024)[:-1]:
+        x = torch.empty_like(images[rows])
+        moves = torch.randint(5, (2, len(rows)), generator=generator)
+        for down, right in ((d, r) for d in range(5) for r in range(5)):
+            chosen = (moves[0] == down) & (moves[1] == right)
+            x[chosen] = padded[rows[chosen], :, down : down + 32, right : right + 32]
+        x = x.flip(3) if epoch % 2 else x
+        yield x.contiguous(memory_format=torch.channels_last), labels[rows]
+
+
+def train_airbench94(images, labels, device, dtype, seed=0):
+    """A network trained on normalised images by airbench94's recipe (Jordan 2024, arXiv:2404.00498).
+
+    SGD with Nesterov momentum, biases 64 times as fast, lookahead, 9.9 epochs of a triangle.
+    """
+    torch.manual_seed(seed)
+    generator, epochs, momentum = torch.Generator().manual_seed(seed), 9.9, 0.85
+    net = airbench94(images[:5000]).to(device, memory_format=torch.channels_last)
+    scale = 1024 * (1 + 1 / (1 - momentum))
+    lr, decay = 11.5 / scale, 0.0153 * 1024 / scale
+    biases = [m.bias for m in net.modules() if isinstance(m, Frozen)]
+    others = [p for p in net.parameters() if p.requires_grad and not any(p is b for b in biases)]
+    groups = [{"params": biases, "lr": 64 * lr, "weight_decay": decay / lr / 64},
+              {"params": others, "lr": lr, "weight_decay": decay / lr}]
+    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
+    rates, total = [64 * lr, lr], math.ceil(epochs * (len(images) // 1024))
+    first = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(first[:, None, None, None], images.flip(3), images)
+    slow, step = {k: v.clone() for k, v in net.state_dict().items()}, 0
+
+    def look_ahead(share):
+        for name, tensor in net.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(slow[name].lerp_(tensor, 1 - share))
+
+    for epoch in range(math.ceil(epochs)):
+        net[0].bias.requires_grad_(epoch < 3)
+        for x, y in airbench_batches(images, labels, epoch, generator):
+            place, peak = step / total, 0.23
+            share = (0.2 + 0.8 * place / peak if place < peak
+                     else 0.07 + 0.93 * (1 - place) / (1 - peak))
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * share
+            with train.autocast(device, dtype):
+                logits = net(x).float() / 9
+                loss = F.cross_entropy(logits, y, label_smoothing=0.2, reduction="sum")
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 5 == 0:
+                look_ahead(0.95**5 * (step / total) ** 3)
+            if step == total:
+                look_ahead(1.0)
+                return net
+
+
+def race_part(device, places=("cifar10_jpeg",), seeds=3):
+    """airbench94 and cifar10_fast on a folder of CIFAR-10: accuracy, with six views, seconds.
+
+    python tests/bench.py race FOLDER
+    """
+    source = data.load(places[0], 32)
+    mean, std = source.mean, source.std
+    dtype, _ = utils.pick_precision("auto", device)
+    ready = {}
+    for name in ("train", "test"):
+        split = source.splits[name]
+        images = torch.from_numpy(split.images[np.arange(len(split))]).to(device)
+        ready[name] = data.centre(images, 32, mean, std), torch.from_numpy(split.labels).to(device)
+    print("\nrace: CIFAR-10\n| what | accuracy | with six views | seconds |")
+    print("| --- | --- | --- | --- |")
+    for seed in range(seeds):
+        began = time.perf_counter()
+        keep_freed_memory(device)
+        net = train_airbench94(*ready["train"], device, dtype, seed)
+        seconds = time.perf_counter() - began
+        task, (x, y) = image_task(train.parse_flags([])[0]), ready["test"]
+        parts = list(zip(x.split(500), y.split(500), [None] * len(y)))
+        plain, views = (train.evaluate(net, parts, task, dtype=dtype, views=views)["accuracy"]
+                        for views in (None, data.image_views))
+        print(f"| airbench94, seed {seed} | {plain:.2%} | {views:.2%} | {seconds:.0f} |", flush=True)
+        command = [sys.executable, ROOT / "train.py", "--config", "cifar10_fast", "--quiet"]
+        with tempfile.TemporaryDirectory() as folder:
+            run = lambda *words: subprocess.run(
+                [*command, *words], cwd=folder, check=True, capture_output=True)
+            run("--data", Path(places[0]).resolve(), "--seed", str(seed), "--run_name", "race",
+                "--cache_dir", Path(".cache").resolve())
+            with open(Path(folder) / "runs/race/metrics.csv") as file:
+                seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+            found = []
+            for words in ([], ["--tta"]):
+                run("--evaluate", "runs/race/last.pt", "--output", "out.json", *words)
+                found.append(json.loads((Path(folder) / "out.json").read_text())["accuracy"])
+        print(f"| cifar10_fast, seed {seed} | {found[0]:.2%} | {found[1]:.2%} | {seconds:.0f} |",
+              flush=True)
+
+
 # -------------------------------------------------------------------------- many processes
 
 
@@ -658,6 +795,8 @@ PARTS = {"loop": loop_part, "data": data_part, "train": train_part, "start": sta
 
 
 def main(names):
+    if names[:1] == ["race"]:
+        return race_part(utils.pick_device(), names[1:])
     if any(name not in (*PARTS, "all") for name in names):
         sys.exit(f"error: bench.py takes {', '.join(PARTS)} or all, got {' '.join(names)}")
     device = utils.pick_device()
