@@ -82,8 +82,8 @@ class CustomCNN(nn.Module):
     Input float [B, in_channels, H, W] with H, W >= 9 * stem_stride; output logits [B, num_classes].
     The stem's stride keeps the stages at about 32x32 for any image size (`stem_stride_for`).
     `widths` are the channels of the stem and the stages, `depths` the convolutions of the stages'
-    residual parts: at 32 px they take 1, 28, 50 and 104 million multiply-adds, most of them where
-    maps are small. With `whiten`, `whiten_stem` sets the stem's filters, which are not trained.
+    residual parts. At 32 px, stem and stages take 1, 28, 50 and 104 million multiply-adds: width is
+    cheap where maps are small. With `whiten`, `whiten_stem` sets the stem's filters for good.
     ValueError for arguments out of range.
     """
 

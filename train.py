@@ -291,7 +291,7 @@ class Task:
 
     loss: Callable  # (outputs, targets) -> the loss summed over the batch's items, a float32 scalar
     items: Callable = len  # targets -> their number of items
-    # (outputs, targets) -> numerators [metrics] and denominators [metrics], or None for the items
+    # (outputs, targets) -> numerators [metrics] and denominators: [metrics], a number, or None: items
     measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), None)
     metrics: tuple = ()  # their names; the first one chooses best.pt
     unit: str = "samples"
@@ -459,8 +459,8 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
     The summed loss is divided by the items of the whole window, so uneven batches give the gradient
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
     turns (images, targets, index) into inputs and targets; `seed` determines dropout; `sam_rho` is
-    that of `uphill`. A non-finite loss or gradient changes nothing; where memory runs out, batches
-    are halved. Returns (totals as in `batch_totals`, gradient norm, whether the step was good).
+    the rho of `uphill`. A non-finite loss or gradient changes nothing. Where memory runs out, the
+    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, whether good).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
@@ -476,7 +476,7 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
             restore(state, buffers)
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state)
-    norm_value, loss_value = norm.item(), totals.tolist()[0][0]  # the step's one wait for a GPU
+    norm_value, loss_value = norm.item(), totals.tolist()[0][0]  # waits for a GPU, once
     good = math.isfinite(norm_value + loss_value + float(first_norm))
     if good:
         if clip_grad_norm:

@@ -644,7 +644,7 @@ def higher_is_better(monitor):
 
 
 def image_metrics(logits, labels):
-    """(right predictions [1], None for all) of logits float [B, K] and labels int64 [B]. For labels
+    """(right predictions [1], None) of logits float [B, K] and labels int64 [B]. For labels
     that are shares float [B, K], a prediction counts with the share of its class."""
     chosen = logits.argmax(1)
     right = chosen == labels if labels.ndim == 1 else labels.gather(1, chosen[:, None])[:, 0]
@@ -983,7 +983,7 @@ def pick_device(name="auto"):
 def cpu_is_fast_in_bf16():
     """Whether the CPU has AMX or AVX512-BF16: bf16 products take 1/7 to 1/2 of the time of float32.
 
-    Without both they take longer. torch 2.10 has no public torch.cpu.get_capabilities.
+    With neither they take longer. torch 2.10 has no public torch.cpu.get_capabilities.
     """
     checks = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
     return any(getattr(torch.cpu, check, bool)() for check in checks)

@@ -1,10 +1,10 @@
 """Side-by-side measurements, run by hand: python tests/bench.py PART ..., or all.
 
 The parts are loop, data, train, start, memory, methods, choices, sudoku and processes, and, by
-itself, `race FOLDER` with a folder of CIFAR-10. The jobs of a part run in one process in
-interleaved rounds. A table shows the median of at least five rounds,
-the spread (range over median) and the ratio to the peer. Peers are listed in
-tests/requirements-bench.txt; those that are not installed are named and left out.
+itself, `race FOLDER`, a training on CIFAR-10 for each seed. The jobs of every other part run in one
+process in interleaved rounds. A table shows the median of at least five rounds, the spread (range
+over median) and the ratio to the peer. Peers are listed in tests/requirements-bench.txt; those that
+are not installed are named and left out.
 """
 
 import contextlib
@@ -198,11 +198,9 @@ def epoch_job(net, batches, device, words="", dtype=torch.float32):
 
     def call():
         state = new_state(net, device, ema=args.ema_decay > 0)
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            run = train.Run(
-                args, image_task(args), device, dtype, source, meta={"in_channels": 3},
-                fetch={"train": lambda pieces: iter(batches)}, steps_per_epoch=len(batches),
-                folder=Path(folder), log=utils.logger(Path(folder) / "log.txt"))
+        run = train.Run(args, image_task(args), device, dtype, source, meta={},
+                        fetch={"train": lambda pieces: iter(batches)}, steps_per_epoch=len(batches))
+        with quiet():
             train.train_epoch(state, run)
 
     return call
@@ -280,7 +278,7 @@ def loop_part(device):
     if peer("lightning"):
         jobs["Lightning, no bar"] = lightning_job(net(), batches, False)
         jobs["Lightning with its bar"] = lightning_job(net(), batches, True)
-    wanted = "bare loop", "Accelerate", "Lightning with its bar"
+    wanted = "bare loop", "bare loop, fused AdamW", "Accelerate", "Lightning with its bar"
     against = [name for name in wanted if name in jobs]
     table("loop: a tiny model (6.6k parameters, batch 32), AdamW, steps", rounds(jobs),
           len(batches), against)
@@ -454,7 +452,10 @@ train.main(sys.argv[1:])
 
 
 def start_part(device):
-    """Seconds from the command to the end of the first step: the kit, and a bare script's."""
+    """Seconds from the command to the end of the first step, of the kit and of a bare script.
+
+    Both run on the CPU, the bare script in float32, the kit in what it chooses there.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         run = lambda *words: subprocess.run([sys.executable, "-c", *words], cwd=folder,
@@ -463,7 +464,8 @@ def start_part(device):
         times = rounds({
             "import torch": lambda: run("import torch"),
             "bare script: model, AdamW, a step": lambda: run(BARE_STEP),
-            "train.py, its first step done": lambda: run(KIT_STEP, "--run_name", next(names))})
+            "train.py, its first step done": lambda: run(
+                KIT_STEP, "--device", "cpu", "--run_name", next(names))})
     print("\nstart: efficientnet_b0, 64 px, batch 16\n| what | seconds | spread |")
     print("| --- | --- | --- |")
     for name, seconds in times.items():
@@ -622,6 +624,7 @@ def airbench94(images):
                 conv(outputs, outputs), Frozen(outputs), nn.GELU())
 
     whiten = nn.Conv2d(3, 24, 2)
+    nn.init.zeros_(whiten.bias)
     patches = F.unfold(images, 2).mT.flatten(0, 1).double()
     eigenvalues, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (eigenvalues + 5e-4).sqrt()).T.flip(0)
@@ -631,11 +634,14 @@ def airbench94(images):
                          nn.MaxPool2d(3), nn.Flatten(), nn.Linear(256, 10, bias=False))
 
 
-def airbench_batches(images, labels, epoch, generator):
-    """Shuffled batches of 1,024: moved by up to two pixels, mirrored in every second epoch."""
-    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
-    for rows in torch.randperm(len(images), generator=generator).split(1024)[:-1]:
-        x = torch.empty_like(images[rows])
+def airbench_batches(padded, labels, epoch, generator):
+    """Shuffled batches of 1,024 images [B, 3, 32, 32] of `padded` [N, 3, 36, 36].
+
+    They are moved by up to two pixels, and mirrored in every second epoch.
+    """
+    order = torch.randperm(len(padded), generator=generator)
+    for rows in order.split(1024)[: len(order) // 1024]:
+        x = padded.new_empty(len(rows), 3, 32, 32)
         moves = torch.randint(5, (2, len(rows)), generator=generator)
         for down, right in ((d, r) for d in range(5) for r in range(5)):
             chosen = (moves[0] == down) & (moves[1] == right)
@@ -651,7 +657,8 @@ def train_airbench94(images, labels, device, dtype, seed=0):
     """
     torch.manual_seed(seed)
     generator, epochs, momentum = torch.Generator().manual_seed(seed), 9.9, 0.85
-    net = airbench94(images[:5000]).to(device, memory_format=torch.channels_last)
+    some = torch.randperm(len(images), generator=generator)[:5000]  # of all classes
+    net = airbench94(images[some].cpu()).to(device, memory_format=torch.channels_last)
     scale = 1024 * (1 + 1 / (1 - momentum))
     lr, decay = 11.5 / scale, 0.0153 * 1024 / scale
     biases = [m.bias for m in net.modules() if isinstance(m, Frozen)]
@@ -660,18 +667,19 @@ def train_airbench94(images, labels, device, dtype, seed=0):
               {"params": others, "lr": lr, "weight_decay": decay / lr}]
     optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
     rates, total = [64 * lr, lr], math.ceil(epochs * (len(images) // 1024))
-    first = torch.rand(len(images), generator=generator) < 0.5
+    first = (torch.rand(len(images), generator=generator) < 0.5).to(device)
     images = torch.where(first[:, None, None, None], images.flip(3), images)
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
     slow, step = {k: v.clone() for k, v in net.state_dict().items()}, 0
 
-    def look_ahead(share):
+    def look_ahead(decay):
         for name, tensor in net.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(slow[name].lerp_(tensor, 1 - share))
+                tensor.copy_(slow[name].lerp_(tensor, 1 - decay))
 
     for epoch in range(math.ceil(epochs)):
         net[0].bias.requires_grad_(epoch < 3)
-        for x, y in airbench_batches(images, labels, epoch, generator):
+        for x, y in airbench_batches(padded, labels, epoch, generator):
             place, peak = step / total, 0.23
             share = (0.2 + 0.8 * place / peak if place < peak
                      else 0.07 + 0.93 * (1 - place) / (1 - peak))
@@ -691,45 +699,50 @@ def train_airbench94(images, labels, device, dtype, seed=0):
                 return net
 
 
-def race_part(device, places=("cifar10_jpeg",), seeds=3):
+def race_part(device, folder, seeds=3):
     """airbench94 and cifar10_fast on a folder of CIFAR-10: accuracy, with six views, seconds.
 
-    python tests/bench.py race FOLDER
+    The seconds of airbench94 are of its building and training, those of cifar10_fast of its epochs;
+    neither counts the reading of the pictures.
     """
-    source = data.load(places[0], 32)
-    mean, std = source.mean, source.std
-    dtype, _ = utils.pick_precision("auto", device)
-    ready = {}
+    cache, dtype = Path(".cache").resolve(), utils.pick_precision("auto", device)[0]
+    source, ready = data.load(folder, 32, val_fraction=0, cache_dir=cache), {}
     for name in ("train", "test"):
         split = source.splits[name]
         images = torch.from_numpy(split.images[np.arange(len(split))]).to(device)
-        ready[name] = data.centre(images, 32, mean, std), torch.from_numpy(split.labels).to(device)
+        ready[name] = (data.centre(images, 32, source.mean, source.std),
+                       torch.from_numpy(split.labels).to(device))
+    task, (x, y) = image_task(train.parse_flags([])[0]), ready["test"]
+    parts = list(zip(x.split(500), y.split(500), [None] * len(y)))
     print("\nrace: CIFAR-10\n| what | accuracy | with six views | seconds |")
     print("| --- | --- | --- | --- |")
+
+    def line(name, seed, seconds, plain, with_views):
+        print(f"| {name}, seed {seed} | {plain:.2%} | {with_views:.2%} | {seconds:.0f} |", flush=True)
+
     for seed in range(seeds):
-        began = time.perf_counter()
         keep_freed_memory(device)
+        began = time.perf_counter()
         net = train_airbench94(*ready["train"], device, dtype, seed)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        task, (x, y) = image_task(train.parse_flags([])[0]), ready["test"]
-        parts = list(zip(x.split(500), y.split(500), [None] * len(y)))
-        plain, views = (train.evaluate(net, parts, task, dtype=dtype, views=views)["accuracy"]
-                        for views in (None, data.image_views))
-        print(f"| airbench94, seed {seed} | {plain:.2%} | {views:.2%} | {seconds:.0f} |", flush=True)
-        command = [sys.executable, ROOT / "train.py", "--config", "cifar10_fast", "--quiet"]
-        with tempfile.TemporaryDirectory() as folder:
+        line("airbench94", seed, seconds, *(
+            train.evaluate(net, parts, task, dtype=dtype, views=views)["accuracy"]
+            for views in (None, data.image_views)))
+        with tempfile.TemporaryDirectory() as place:
             run = lambda *words: subprocess.run(
-                [*command, *words], cwd=folder, check=True, capture_output=True)
-            run("--data", Path(places[0]).resolve(), "--seed", str(seed), "--run_name", "race",
-                "--cache_dir", Path(".cache").resolve())
-            with open(Path(folder) / "runs/race/metrics.csv") as file:
+                [sys.executable, ROOT / "train.py", *words, "--cache_dir", cache, "--quiet"],
+                cwd=place, check=True, stdout=subprocess.DEVNULL)
+            run("--config", "cifar10_fast", "--data", Path(folder).resolve(), "--run_name", "race",
+                "--seed", str(seed))
+            with open(Path(place) / "runs/race/metrics.csv") as file:
                 seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
             found = []
             for words in ([], ["--tta"]):
                 run("--evaluate", "runs/race/last.pt", "--output", "out.json", *words)
-                found.append(json.loads((Path(folder) / "out.json").read_text())["accuracy"])
-        print(f"| cifar10_fast, seed {seed} | {found[0]:.2%} | {found[1]:.2%} | {seconds:.0f} |",
-              flush=True)
+                found.append(json.loads((Path(place) / "out.json").read_text())["accuracy"])
+        line("cifar10_fast", seed, seconds, *found)
 
 
 # -------------------------------------------------------------------------- many processes
@@ -795,10 +808,10 @@ PARTS = {"loop": loop_part, "data": data_part, "train": train_part, "start": sta
 
 
 def main(names):
-    if names[:1] == ["race"]:
-        return race_part(utils.pick_device(), names[1:])
-    if any(name not in (*PARTS, "all") for name in names):
-        sys.exit(f"error: bench.py takes {', '.join(PARTS)} or all, got {' '.join(names)}")
+    race = names[0] == "race" and len(names) == 2
+    if not race and any(name not in (*PARTS, "all") for name in names):
+        sys.exit(f"error: bench.py takes {', '.join(PARTS)}, all or race FOLDER, got "
+                 f"{' '.join(names)}")
     device = utils.pick_device()
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
@@ -809,7 +822,9 @@ def main(names):
     for name in PEERS:
         there = importlib.util.find_spec(name)
         print(name, importlib.metadata.version(name) if there else "is not installed")
-    for part in PARTS if "all" in names else names:
+    if race:
+        race_part(device, names[1])
+    for part in PARTS if "all" in names else () if race else names:
         PARTS[part](device)
 
 

@@ -641,15 +641,15 @@ def test_monitor_decides_what_is_best():
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_each_process_scores_its_own_part_of_the_validation_samples(monkeypatch, ranks):
-    """A batch that two processes score would leave means as they are, so samples are counted."""
+    """Means would hide that every process scores every sample, so samples are counted."""
     args, given = train.parse_flags(f"{SMALL} --batch_size 4 --max_samples 45".split())
     train.check_flags(args, given)
     state, run, _ = train.prepare(args)
     state.totals = train.zero_totals(run.task, run.device)
     fetch, seen = run.fetch["val"], [[] for _ in range(ranks)]
+    monkeypatch.setattr(utils, "all_reduce", lambda totals, *_: totals)
     for rank, indices in enumerate(seen):
         monkeypatch.setattr(utils, "world", lambda: (rank, ranks))
-        monkeypatch.setattr(utils, "all_reduce", lambda totals, *_: totals)
 
         def noted(pieces):
             indices.extend(index for piece in pieces for index in piece.tolist())
