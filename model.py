@@ -83,8 +83,8 @@ class CustomCNN(nn.Module):
     The stem's stride keeps the stages at about 32x32 for any image size (`stem_stride_for`).
     `widths` are the channels of the stem and the stages, `depths` the convolutions of the stages'
     residual parts. At 32 px, stem and stages take 1, 28, 50 and 104 million multiply-adds: width is
-    cheap where maps are small. With `whiten`, `whiten_stem` sets the stem's filters for good.
-    ValueError for arguments out of range.
+    cheap where maps are small. With `whiten`, `whiten_stem` sets the stem's filters, which are not
+    trained. ValueError for arguments out of range.
     """
 
     run_stage = staticmethod(direct)

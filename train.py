@@ -291,7 +291,7 @@ class Task:
 
     loss: Callable  # (outputs, targets) -> the loss summed over the batch's items, a float32 scalar
     items: Callable = len  # targets -> their number of items
-    # (outputs, targets) -> numerators [metrics] and denominators: [metrics], a number, or None: items
+    # (outputs, targets) -> numerators [metrics], denominators (as many, a number, None: the items)
     measure: Callable = lambda outputs, targets: (outputs.new_zeros(0), None)
     metrics: tuple = ()  # their names; the first one chooses best.pt
     unit: str = "samples"
@@ -460,7 +460,7 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
     turns (images, targets, index) into inputs and targets; `seed` determines dropout; `sam_rho` is
     the rho of `uphill`. A non-finite loss or gradient changes nothing. Where memory runs out, the
-    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, whether good).
+    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, if good).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
@@ -476,7 +476,7 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
             restore(state, buffers)
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state)
-    norm_value, loss_value = norm.item(), totals.tolist()[0][0]  # waits for a GPU, once
+    norm_value, loss_value = norm.item(), totals.tolist()[0][0]  # the loss is ready with the norm
     good = math.isfinite(norm_value + loss_value + float(first_norm))
     if good:
         if clip_grad_norm:
