@@ -460,7 +460,7 @@ def train_step(state, window, task, augment=unchanged, dtype=torch.float32, clip
     of the one big batch (except for BatchNorm, which normalises each batch by itself). `augment`
     turns (images, targets, index) into inputs and targets; `seed` determines dropout; `sam_rho` is
     the rho of `uphill`. A non-finite loss or gradient changes nothing. Where memory runs out, the
-    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, if good).
+    window is done again in halves. Returns (totals as in `batch_totals`, gradient norm, good or not).
     """
     buffers = [buffer.clone() for buffer in state.buffers]
     if seed is None and sam_rho:  # both passes need the same randomness
